@@ -1,0 +1,1 @@
+"""Measurements; every one ends with one JSON line."""

@@ -1,0 +1,1 @@
+"""Model families: typed configuration, checkpoint loading, layers. Knows no requests."""

@@ -1,0 +1,79 @@
+"""Step and StepResult: all that policy (scheduler) and device (worker) share. Knows neither of them.
+
+A running sequence owns one *slot* in [0, max_num_seqs) from admission until release or preemption.
+The worker keeps, per slot, the tokens, the block table and the sampling state; a Step says what
+changes and which rows to compute. Order inside a step: released, admitted, grown, then rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class Admission:
+    """A sequence takes `slot`. Everything the worker must know of it until it is released."""
+
+    slot: int
+    token_ids: list[int]
+    """Prompt and, after a preemption, the tokens generated so far."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    sample_index: int
+    """Which of the request's n samples: enters the random stream beside the seed."""
+    min_tokens_stop_ids: tuple[int, ...]
+    """Forbidden while fewer than sampling.min_tokens tokens were generated."""
+
+
+@dataclass(slots=True)
+class Growth:
+    """`block_ids` continue the block table of `slot` at entry `first_index`."""
+
+    slot: int
+    first_index: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class Row:
+    """Compute `num_tokens` tokens of `slot` from position `start`; sample after the last if asked."""
+
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """One batch: decodes (num_tokens == 1) first, then prefill chunks."""
+
+    index: int
+    released: list[int] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    grown: list[Growth] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Natural logs. `top` is ordered, most likely first, and may or may not hold the chosen token."""
+
+    chosen: float
+    top_ids: list[int]
+    top: list[float]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What came out, one entry per row with `samples`, in the order of the rows."""
+
+    token_ids: list[int]
+    """-1 where the row's logits were not finite: that sequence fails, the others go on."""
+    logprobs: list[TokenLogprobs | None]

@@ -1,0 +1,1 @@
+"""The torch side of the engine: runs a Step and returns a StepResult. Knows no scheduler."""

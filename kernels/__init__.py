@@ -1,0 +1,1 @@
+"""Operations and their implementations. Knows no engine."""

@@ -1,0 +1,1 @@
+"""The C++ implementations for CPUs, reached through one shared library without a torch ABI."""

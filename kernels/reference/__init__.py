@@ -1,0 +1,1 @@
+"""The reference implementations: each function here *is* the operation it names."""

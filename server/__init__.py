@@ -1,0 +1,1 @@
+"""The front: gRPC, health, metrics, lifecycle, text <-> ids. Never imports torch."""

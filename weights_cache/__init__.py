@@ -1,0 +1,1 @@
+"""Checkpoints as files and bytes; a tensor is made only in stream.py."""
