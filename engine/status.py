@@ -1,0 +1,48 @@
+"""The state of one engine process as the front sees it. Knows no sockets and no gRPC."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from .messages import EngineStatistics, ModelFacts
+
+
+class EngineState(StrEnum):
+    """STARTING -> LOADING -> WARMING -> READY <-> STALLED; STOPPED or FAILED at the end."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    STALLED = "stalled"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class PhaseSpan(msgspec.Struct, frozen=True):
+    """One named stretch of a boot; seconds since the server process started."""
+
+    name: str
+    started_s: float
+    duration_s: float
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front knows now. A new one is made at every change; nothing in it is mutated."""
+
+    state: EngineState = EngineState.STARTING
+    reason: str = ""
+    """Why STALLED, STOPPED or FAILED."""
+    is_setup_failure: bool = False
+    phase: str = ""
+    detail: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    phases: tuple[PhaseSpan, ...] = ()
+    """Phases that ended, in order, of the present boot."""
+    facts: ModelFacts | None = None
+    statistics: EngineStatistics = EngineStatistics()
+    heartbeat_age_s: float = 0.0
+    num_restarts: int = 0
