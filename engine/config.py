@@ -1,4 +1,4 @@
-"""EngineConfig: what an operator asks of the engine. Frozen and flat; facts found later are ModelFacts."""
+"""What an operator asks of the engine. Frozen and flat; facts found later are ModelFacts."""
 
 from __future__ import annotations
 

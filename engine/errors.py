@@ -1,25 +1,25 @@
 """The one tree of errors, sorted by whom to blame. Knows nothing about gRPC statuses or exit codes.
 
-    PilotlightError
-    ├── RequestError            the caller's request; the next request is not affected
-    │   ├── InvalidField        names the field, the value, the limit and the way out
-    │   ├── UnknownModel
-    │   ├── DuplicateRequest
-    │   ├── DeadlineExpired
-    │   └── RequestCancelled
-    ├── CapacityError           the moment; the same request may succeed later or elsewhere
-    │   ├── QueueFull
-    │   ├── NotReady
-    │   └── Draining
-    ├── SetupError              the operator's command line, files or machine; one line, exit code 2
-    │   ├── ConfigError         a flag or a configuration file
-    │   ├── CheckpointError     files that are missing, truncated, misshapen
-    │   ├── UnsupportedModel    a checkpoint that is well formed but cannot be run exactly
-    │   ├── PortInUse
-    │   └── NotEnoughMemory
-    └── EngineError             ours
-        ├── EngineDied          carries how many tokens the stream had delivered
-        └── RowFailed           one sequence could not be computed (NaN logits); its batch goes on
+PilotlightError
+├── RequestError            the caller's request; the next request is not affected
+│   ├── InvalidField        names the field, the value, the limit and the way out
+│   ├── UnknownModel
+│   ├── DuplicateRequest
+│   ├── DeadlineExpired
+│   └── RequestCancelled
+├── CapacityError           the moment; the same request may succeed later or elsewhere
+│   ├── QueueFull
+│   ├── NotReady
+│   └── Draining
+├── SetupError              the operator's command line, files or machine; one line, exit code 2
+│   ├── ConfigError         a flag or a configuration file
+│   ├── CheckpointError     files that are missing, truncated, misshapen
+│   ├── UnsupportedModel    a checkpoint that is well formed but cannot be run exactly
+│   ├── PortInUse
+│   └── NotEnoughMemory
+└── EngineError             ours
+    ├── EngineDied          carries how many tokens the stream had delivered
+    └── RowFailed           one sequence could not be computed (NaN logits); its batch goes on
 """
 
 from __future__ import annotations

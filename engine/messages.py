@@ -1,4 +1,4 @@
-"""What crosses the border between front and engine process. Token ids only: text stays in the front.
+"""What crosses the border between front and engine process: token ids only, never text.
 
 Every message is a msgspec struct in a tagged union: typed on both ends, never pickled.
 Front -> engine: Boot first, then Submit, Abort, Stop. Engine -> front: Progress while it boots,
@@ -141,7 +141,7 @@ class StepRecord(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Sent on a clock by a thread of its own; `pulse` counts layers run, so a long step shows life."""
+    """Sent on a clock by its own thread; `pulse` counts layers run, so a long step shows life."""
 
     step: int
     pulse: int

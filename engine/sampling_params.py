@@ -13,7 +13,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     The order of application follows Hugging Face's processors: logit_bias, penalties,
     min_tokens mask, temperature, top_k, top_p, min_p, then one draw.
-    `temperature == 0` is greedy. Logprobs are those of the model's own distribution, before all of it.
+    `temperature == 0` is greedy. Logprobs are those of the model's own distribution, before all
+    of it.
     """
 
     max_tokens: int = 512

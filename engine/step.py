@@ -1,4 +1,4 @@
-"""Step and StepResult: all that policy (scheduler) and device (worker) share. Knows neither of them.
+"""Step and StepResult: all that policy (scheduler) and device (worker) share. Knows neither.
 
 A running sequence owns one *slot* in [0, max_num_seqs) from admission until release or preemption.
 The worker keeps, per slot, the tokens, the block table and the sampling state; a Step says what
@@ -38,7 +38,7 @@ class Growth:
 
 @dataclass(slots=True)
 class Row:
-    """Compute `num_tokens` tokens of `slot` from position `start`; sample after the last if asked."""
+    """Compute `num_tokens` tokens of `slot` from position `start`; sample after the last if so."""
 
     slot: int
     start: int
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Natural logs. `top` is ordered, most likely first, and may or may not hold the chosen token."""
+    """Natural logs. `top` is ordered, most likely first; it need not hold the chosen token."""
 
     chosen: float
     top_ids: list[int]

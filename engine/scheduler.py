@@ -1,0 +1,362 @@
+"""The policy: which tokens of which sequences the next step computes.
+
+Knows requests, slots, blocks and the token budget. Knows no tensors, text, clocks or processes.
+
+A step is filled in this order, under one budget of `max_batched_tokens`:
+
+ 1. Every decoding sequence gets its one token. If no block is free for it, the sequence that was
+    admitted last gives all of its blocks back and waits again (preemption by recompute).
+ 2. Prompts already admitted continue, one chunk each. They hold all their blocks since admission,
+    so a chunk can never preempt.
+ 3. Waiting sequences are admitted first come, first served: longest cached prefix first taken from
+    the pool, never including the last token, whose logits are needed. Admission leaves one free
+    block per running sequence, so that a newcomer is not preempted by the next decode step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from .block_pool import BlockPool
+from .errors import ConfigError, DuplicateRequest, InvalidField
+from .messages import EngineStatistics, FinishReason, Output, Submit, TopLogprob
+from .sequence import Sequence, SequenceState
+from .step import Admission, Growth, Row, Step, StepResult, TokenLogprobs
+
+
+class Scheduler:
+    """`num_blocks` of `block_size` tokens; sequences of at most `context_len` tokens."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        context_len: int,
+        eos_token_ids: list[int],
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        if max_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_batched_tokens is {max_batched_tokens}: it must be at least max_num_seqs "
+                f"({max_num_seqs}), so that every running sequence can advance in one step"
+            )
+        if num_blocks * block_size < context_len:
+            raise ConfigError(
+                f"{num_blocks} blocks of {block_size} tokens cannot hold one sequence of "
+                f"{context_len} tokens; lower max_model_len or raise kv_cache_bytes"
+            )
+        self._pool = BlockPool(num_blocks)
+        self._block_size = block_size
+        self._context_len = context_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_batched_tokens = max_batched_tokens
+        self._prefix_cache = prefix_cache
+        self._requests: dict[str, list[Sequence]] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._released_slots: list[int] = []
+        self._ended: list[Output] = []
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_computed_tokens = 0
+        self._prefix_query_tokens = 0
+        self._prefix_hit_tokens = 0
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def add(self, submit: Submit) -> None:
+        """Queues the request's n sequences. Raises DuplicateRequest or InvalidField."""
+        if submit.request_id in self._requests:
+            raise DuplicateRequest(f"request {submit.request_id} is still live")
+        num_prompt_tokens = len(submit.prompt_ids)
+        if not 0 < num_prompt_tokens <= self._context_len - 1:
+            limit = f"a prompt has 1 to {self._context_len - 1} tokens here"
+            raise InvalidField("prompt", num_prompt_tokens, limit)
+        sequences = self._sequences_of(submit)
+        self._requests[submit.request_id] = sequences
+        self._waiting.extend(sequences)
+
+    def _sequences_of(self, submit: Submit) -> list[Sequence]:
+        if not self._prefix_cache:
+            # The n samples of one request still share its prompt; nobody else finds it.
+            submit = msgspec.structs.replace(submit, cache_salt=submit.request_id)
+        stop_ids = frozenset(submit.sampling.stop_token_ids)
+        if not submit.sampling.ignore_eos:
+            stop_ids |= self._eos_token_ids
+        leader = Sequence(submit, 0, stop_ids, None)
+        others = (Sequence(submit, i, stop_ids, leader) for i in range(1, submit.sampling.n))
+        return [leader, *others]
+
+    def abort(self, request_id: str) -> bool:
+        """Ends the request whatever its state; blocks are free now, or after the step in flight.
+
+        Idempotent: False when no such request is live.
+        """
+        sequences = self._requests.get(request_id)
+        if sequences is None:
+            return False
+        for sequence in list(sequences):
+            self._end(sequence, FinishReason.ABORTED)
+        return True
+
+    def take_ended(self) -> list[Output]:
+        """Terminal records of sequences that ended outside `apply`."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests) or bool(self._ended)
+
+    def live_request_ids(self) -> list[str]:
+        return list(self._requests)
+
+    # ---- one step -------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing can be computed."""
+        step = Step(self._num_steps, released=self._released_slots)
+        self._released_slots = []
+        budget = self._max_batched_tokens - self._schedule_decodes(step)
+        budget -= self._continue_prompts(step, budget)
+        self._admit_waiting(step, budget)
+        if not step.rows:
+            self._released_slots = step.released
+            return None
+        self._num_steps += 1
+        return step
+
+    def _schedule_decodes(self, step: Step) -> int:
+        for sequence in [s for s in self._running if s.is_decoding]:
+            if sequence.state is SequenceState.RUNNING and self._make_room(sequence, step):
+                self._add_row(step, sequence, 1)
+        return len(step.rows)
+
+    def _make_room(self, sequence: Sequence, step: Step) -> bool:
+        """Gives the sequence a block for its newest token. False when it was itself preempted."""
+        num_needed = self._num_blocks_of(sequence.num_tokens) - len(sequence.block_ids)
+        if num_needed == 0:
+            return True
+        while self._pool.num_free < num_needed:
+            victim = self._running[-1]
+            self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        block_ids = self._pool.allocate(num_needed)
+        step.grown.append(Growth(sequence.slot, len(sequence.block_ids), block_ids))
+        sequence.block_ids += block_ids
+        return True
+
+    def _preempt(self, victim: Sequence, step: Step) -> None:
+        # Decodes run oldest first, so the youngest running sequence has no row in this step yet.
+        self._running.remove(victim)
+        step.released.append(victim.slot)
+        self._free_slots.append(victim.slot)
+        self._give_back(victim)
+        victim.state = SequenceState.PREEMPTED
+        self._waiting.appendleft(victim)
+        self._num_preemptions += 1
+
+    def _continue_prompts(self, step: Step, budget: int) -> int:
+        num_tokens = 0
+        for sequence in self._running:
+            if not sequence.is_decoding and num_tokens < budget:
+                num_tokens += self._add_row(step, sequence, budget - num_tokens)
+        return num_tokens
+
+    def _admit_waiting(self, step: Step, budget: int) -> None:
+        held_back = []
+        while self._waiting and self._free_slots and budget > 0:
+            sequence = self._waiting.popleft()
+            if not sequence.may_start:
+                held_back.append(sequence)
+            elif self._admit(sequence, step):
+                budget -= self._add_row(step, sequence, budget)
+            else:
+                self._waiting.appendleft(sequence)
+                break
+        self._waiting.extendleft(reversed(held_back))
+
+    def _admit(self, sequence: Sequence, step: Step) -> bool:
+        """Gives the sequence a slot and blocks for all of its tokens, or changes nothing."""
+        num_findable = (sequence.num_tokens - 1) // self._block_size
+        prefix = self._pool.find_prefix(sequence.hashes(num_findable, self._block_size))
+        num_new = self._num_blocks_of(sequence.num_tokens) - len(prefix)
+        if num_new + len(self._running) > self._pool.num_free_after_holding(prefix):
+            return False
+        self._pool.hold(prefix)
+        sequence.block_ids = prefix + self._pool.allocate(num_new)
+        sequence.num_computed = len(prefix) * self._block_size
+        sequence.num_published = len(prefix)
+        sequence.slot = self._free_slots.pop()
+        sequence.state = SequenceState.RUNNING
+        self._running.append(sequence)
+        self._count_prefix(sequence)
+        step.admitted.append(self._admission(sequence))
+        step.grown.append(Growth(sequence.slot, 0, list(sequence.block_ids)))
+        return True
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        self._prefix_query_tokens += sequence.num_tokens
+        self._prefix_hit_tokens += sequence.num_computed
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = sequence.num_computed
+
+    def _admission(self, sequence: Sequence) -> Admission:
+        return Admission(
+            slot=sequence.slot,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            sampling=sequence.sampling,
+            sample_index=sequence.index,
+            min_tokens_stop_ids=tuple(sorted(sequence.stop_ids)),
+        )
+
+    def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
+        num_tokens = min(budget, sequence.num_uncomputed)
+        samples = num_tokens == sequence.num_uncomputed
+        step.rows.append(Row(sequence.slot, sequence.num_computed, num_tokens, samples))
+        sequence.is_in_flight = True
+        return num_tokens
+
+    def apply(self, step: Step, result: StepResult, scheduled_s: float) -> list[Output]:
+        """Takes what the step of `scheduled_s` brought.
+
+        One Output per sequence that gained a token or ended.
+        """
+        by_slot = {s.slot: s for s in self._running if s.is_in_flight}
+        samples = iter(zip(result.token_ids, result.logprobs, strict=True))
+        outputs = []
+        for row in step.rows:
+            sequence = by_slot[row.slot]
+            self._advance(sequence, row, scheduled_s)
+            if row.samples:
+                token_id, logprobs = next(samples)
+                if sequence.state is SequenceState.RUNNING:
+                    outputs.append(self._take_token(sequence, token_id, logprobs))
+        self._sweep()
+        return self.take_ended() + outputs
+
+    def fail(self, step: Step, reason: str) -> list[Output]:
+        """The step could not be computed: its sequences end, all others go on."""
+        slots = {row.slot for row in step.rows}
+        for sequence in [s for s in self._running if s.slot in slots]:
+            sequence.is_in_flight = False
+            if sequence.state is SequenceState.RUNNING:
+                self._end(sequence, FinishReason.ERROR, reason)
+        self._sweep()
+        return self.take_ended()
+
+    def _advance(self, sequence: Sequence, row: Row, scheduled_s: float) -> None:
+        sequence.is_in_flight = False
+        sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
+        sequence.num_computed += row.num_tokens
+        self._num_computed_tokens += row.num_tokens
+        num_full = sequence.num_computed // self._block_size
+        if num_full > sequence.num_published:
+            hashes = sequence.hashes(num_full, self._block_size)
+            for i in range(sequence.num_published, num_full):
+                self._pool.publish(sequence.block_ids[i], hashes[i])
+            sequence.num_published = num_full
+
+    def _take_token(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> Output:
+        output = Output(sequence.request_id, sequence.index, [token_id])
+        if sequence.num_output_tokens == 0:
+            output.num_cached_tokens = sequence.num_cached_tokens
+            output.first_scheduled_s = sequence.first_scheduled_s
+        if token_id < 0:
+            output.token_ids = []
+            output.error = "the model's logits for this sequence were not finite"
+            output.finish_reason = FinishReason.ERROR
+        else:
+            output.finish_reason = sequence.append(token_id, self._context_len)
+        if logprobs is not None and token_id >= 0:
+            output.logprobs = [logprobs.chosen]
+            top = zip(logprobs.top_ids, logprobs.top, strict=True)
+            output.top_logprobs = [[TopLogprob(*pair) for pair in top]]
+        if output.finish_reason is FinishReason.STOP:
+            output.stop_token_id = token_id
+        if output.finish_reason is not FinishReason.NONE:
+            self._retire(sequence)
+        return output
+
+    # ---- endings --------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        output = Output(sequence.request_id, sequence.index, [], reason, error=error)
+        if sequence.num_output_tokens == 0:
+            output.num_cached_tokens = max(0, sequence.num_cached_tokens)
+            output.first_scheduled_s = sequence.first_scheduled_s
+        self._ended.append(output)
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """The sequence is over. Blocks that a step in flight still writes wait for `apply`."""
+        if sequence.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
+            self._waiting.remove(sequence)
+        sequence.state = SequenceState.ENDED
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]
+        if not sequence.is_in_flight:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Takes slot and blocks from running sequences that ended and are not in flight."""
+        over = [s for s in self._running if s.state is SequenceState.ENDED and not s.is_in_flight]
+        for sequence in over:
+            self._running.remove(sequence)
+            self._released_slots.append(sequence.slot)
+            self._free_slots.append(sequence.slot)
+            self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.slot = -1
+        sequence.num_computed = 0
+        sequence.num_published = 0
+
+    def _num_blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    # ---- accounts -------------------------------------------------------------------------
+
+    def statistics(self) -> EngineStatistics:
+        blocks = self._pool.statistics()
+        return EngineStatistics(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=blocks.num_blocks,
+            num_used_blocks=blocks.num_held,
+            num_cached_blocks=blocks.num_cached,
+            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            num_preemptions=self._num_preemptions,
+            num_computed_tokens=self._num_computed_tokens,
+            num_steps=self._num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when slots, blocks, queues and requests do not agree."""
+        self._pool.check_integrity()
+        slots = [s.slot for s in self._running]
+        assert len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots)
+        assert all(s.slot == -1 and not s.block_ids for s in self._waiting)
+        for s in self._running:
+            assert s.num_computed <= len(s.block_ids) * self._block_size
+            assert s.num_published * self._block_size <= s.num_computed
+        references = sum(len(s.block_ids) for s in self._running)
+        assert references == self._pool.num_references, "a block is held by nobody"
+        queued = [s for s in self._running if s.state is SequenceState.RUNNING]
+        live = [s for group in self._requests.values() for s in group]
+        assert sorted(map(id, live)) == sorted(map(id, [*queued, *self._waiting]))

@@ -1,0 +1,72 @@
+"""A runner without a model: it keeps what a KV cache would hold and checks it before every token.
+
+The next token is a hash of all tokens that can be *read back through the block table*, so a block
+that was shared, evicted, overwritten or left out wrongly changes the output or fails at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from pilotlight.engine.step import Step, StepResult, TokenLogprobs
+
+
+def next_token(token_ids: list[int], vocab_size: int) -> int:
+    digest = hashlib.blake2b(repr(token_ids).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % vocab_size
+
+
+def tokens_alone(prompt_ids: list[int], num_tokens: int, vocab_size: int) -> list[int]:
+    """What a sequence must generate whatever else runs."""
+    token_ids = list(prompt_ids)
+    for _ in range(num_tokens):
+        token_ids.append(next_token(token_ids, vocab_size))
+    return token_ids[len(prompt_ids) :]
+
+
+class KvCheckingRunner:
+    """Runs Steps of a scheduler with `num_blocks` blocks of `block_size` tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 50) -> None:
+        self._cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._tokens: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int]] = {}
+
+    def run(self, step: Step) -> StepResult:
+        self._update_slots(step)
+        result = StepResult([], [])
+        for row in step.rows:
+            self._write(row.slot, row.start, row.num_tokens)
+            if row.samples:
+                self._sample(row.slot, row.start + row.num_tokens, result)
+        return result
+
+    def _update_slots(self, step: Step) -> None:
+        for slot in step.released:
+            del self._tokens[slot], self._tables[slot]
+        for admission in step.admitted:
+            assert admission.slot not in self._tokens, "a taken slot was given away"
+            self._tokens[admission.slot] = list(admission.token_ids)
+            self._tables[admission.slot] = []
+        for growth in step.grown:
+            assert len(self._tables[growth.slot]) == growth.first_index
+            self._tables[growth.slot] += growth.block_ids
+
+    def _write(self, slot: int, start: int, num_tokens: int) -> None:
+        for position in range(start, start + num_tokens):
+            block_id = self._tables[slot][position // self._block_size]
+            cells = self._cells[block_id]
+            cells[position % self._block_size] = self._tokens[slot][position]
+
+    def _sample(self, slot: int, context_len: int, result: StepResult) -> None:
+        read = [
+            self._cells[self._tables[slot][p // self._block_size]][p % self._block_size]
+            for p in range(context_len)
+        ]
+        assert read == self._tokens[slot], "the blocks do not hold the sequence's tokens"
+        token_id = next_token(self._tokens[slot], self._vocab_size)
+        self._tokens[slot].append(token_id)
+        result.token_ids.append(token_id)
+        result.logprobs.append(TokenLogprobs(-1.0, [], []))
