@@ -1,0 +1,120 @@
+"""The one network: a pre-norm decoder with grouped-query attention over paged blocks.
+
+Llama, Mistral, Qwen2 and Qwen3 are this network with other switches in ModelConfig. Knows kernels
+and weights; knows no requests, slots or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...kernels.table import Kernels
+from .config import ModelConfig
+from .rope import inverse_frequencies
+from .weights import LayerWeights, Linear, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where each token of a step sits. T tokens, R rows; all int32 on the device.
+
+    slot_mapping: [T] cell of the cache that takes the token's key and value, -1 for none;
+    block_tables: [R, blocks]; query_start: [R + 1]; context_lens: [R], this step's tokens included.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """k, v: [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Decoder:
+    """Computes hidden states and logits; `pulse` is called once per layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        kernels: Kernels,
+        context_len: int,
+        pulse: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._kernels = kernels
+        self._pulse = pulse
+        self._cos_sin = rope_table(config, context_len).to(weights.embedding.device)
+        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._scale = config.head_dim**-0.5
+
+    def forward(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor:
+        """token_ids: [T] -> hidden states behind the last norm: [T, hidden_size]."""
+        kernels, eps = self._kernels, self._config.norm_eps
+        layers = self._weights.layers
+        residual = functional.embedding(token_ids, self._weights.embedding)
+        x = kernels.rms_norm(residual, layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in layers[1:]] + [self._weights.norm]
+        for i, layer in enumerate(layers):
+            x = self._attend(x, layer, i, batch, caches[i])
+            x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = kernels.silu_mul(self._linear(x, layer.gate_up))
+            x = self._linear(x, layer.down)
+            x = kernels.add_rms_norm(x, residual, next_norms[i], eps)
+            self._pulse()
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [S, hidden_size] -> fp32 [S, vocab_size]."""
+        return self._kernels.linear(hidden, self._weights.head, None).float()
+
+    def _attend(
+        self, x: Tensor, layer: LayerWeights, index: int, batch: AttentionBatch, cache: LayerCache
+    ) -> Tensor:
+        kernels = self._kernels
+        qkv = self._linear(x, layer.qkv).view(x.shape[0], -1, self._config.head_dim)
+        q, k, v = qkv.split(self._heads, dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = kernels.rms_norm(q, layer.q_norm, self._config.norm_eps)
+            k = kernels.rms_norm(k, layer.k_norm, self._config.norm_eps)
+        kernels.rope_store_kv(
+            q, k, v, self._cos_sin, batch.positions, cache.k, cache.v, batch.slot_mapping
+        )
+        out = kernels.paged_attention(
+            q,
+            cache.k,
+            cache.v,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            self._scale,
+            self._config.sliding_windows[index],
+        )
+        return self._linear(out, layer.o)
+
+    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._kernels.linear(x, linear.weight, linear.bias)
+
+
+def rope_table(config: ModelConfig, context_len: int) -> Tensor:
+    """[context_len, head_dim] fp32: cosines of the angles, then their sines."""
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    # Angles in fp32, as the models were trained with.
+    angles = torch.outer(
+        torch.arange(context_len, dtype=torch.float32),
+        torch.tensor(frequencies, dtype=torch.float32),
+    )
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

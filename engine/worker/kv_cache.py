@@ -1,0 +1,88 @@
+"""The tensors behind the blocks, and how many blocks this machine can hold. Knows no sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import ConfigError, NotEnoughMemory
+from ..models.config import ModelConfig
+from ..models.decoder import LayerCache
+from .memory import available_bytes
+
+AUTO_FRACTION = 0.5
+"""Of the memory left beside the weights: the rest is for activations and everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlan:
+    """How much cache there is, and the longest sequence it is promised to hold."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    context_len: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of one block in every layer."""
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+def plan_kv_cache(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> KvPlan:
+    """Sizes the cache: what was asked for, else what the machine has, never more than is of use.
+
+    A context length that was asked for must fit, or NotEnoughMemory; one chosen here shrinks to
+    what fits.
+    """
+    one_block = block_bytes(model, config.block_size, dtype)
+    wanted_len = config.max_model_len or model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}: this model's positions end at "
+            f"{model.max_position_embeddings}"
+        )
+    useful = config.max_num_seqs * _num_blocks(wanted_len, config.block_size)
+    budget = config.kv_cache_bytes or int(AUTO_FRACTION * available_bytes(device))
+    fitting = budget // one_block
+    num_blocks = min(useful, fitting)
+    context_len = min(wanted_len, num_blocks * config.block_size)
+    is_too_short = context_len < wanted_len and config.max_model_len > 0
+    if is_too_short or context_len < 2:
+        raise _not_enough(config, wanted_len, one_block, budget)
+    return KvPlan(num_blocks, config.block_size, one_block, context_len)
+
+
+def _num_blocks(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def _not_enough(
+    config: EngineConfig, wanted_len: int, one_block: int, budget: int
+) -> NotEnoughMemory:
+    needed = _num_blocks(wanted_len, config.block_size) * one_block
+    given = "--kv-cache-bytes gives" if config.kv_cache_bytes else "there is room for"
+    return NotEnoughMemory(
+        f"one sequence of {wanted_len} tokens needs {needed} bytes of KV cache, {given} {budget}; "
+        "lower --max-model-len or raise --kv-cache-bytes"
+    )
+
+
+def allocate(
+    plan: KvPlan, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> list[LayerCache]:
+    """Zeroed caches, one pair per layer. Zeros, so that no cell ever holds a NaN of old memory."""
+    shape = (plan.num_blocks, plan.block_size, model.num_kv_heads, model.head_dim)
+    return [
+        LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        for _ in range(model.num_layers)
+    ]

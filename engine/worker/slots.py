@@ -1,0 +1,63 @@
+"""What the worker keeps per slot: tokens, block table, sampling. Changed by Steps only.
+
+Plain numpy tables of fixed size, so that a step gathers its inputs without a loop over tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..sampling_params import SamplingParams
+from ..step import Admission, Growth, Step
+
+NO_SAMPLING = SamplingParams()
+
+
+class SlotTables:
+    """`num_slots` sequences of at most `context_len` tokens in blocks of `block_size`."""
+
+    def __init__(self, num_slots: int, context_len: int, block_size: int) -> None:
+        max_blocks = -(-context_len // block_size)
+        # One column more than the context: the last token sampled is never computed.
+        self.token_ids = np.zeros((num_slots, context_len + 1), dtype=np.int32)
+        self.block_ids = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.sample_index = np.zeros(num_slots, dtype=np.uint64)
+        self.seed = np.zeros(num_slots, dtype=np.uint64)
+        self.temperature = np.ones(num_slots)
+        self.top_k = np.zeros(num_slots, dtype=np.int64)
+        self.top_p = np.ones(num_slots)
+        self.min_p = np.zeros(num_slots)
+        self.is_adjusted = np.zeros(num_slots, dtype=bool)
+        """Needs its logits changed: bias, penalties or min_tokens."""
+        self.num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        self.sampling = [NO_SAMPLING] * num_slots
+        self.stop_ids: list[tuple[int, ...]] = [()] * num_slots
+
+    def apply(self, step: Step) -> None:
+        """Released slots need no change here: nothing refers to them until they are admitted."""
+        for admission in step.admitted:
+            self._admit(admission)
+        for growth in step.grown:
+            self._grow(growth)
+
+    def _admit(self, admission: Admission) -> None:
+        slot, sampling = admission.slot, admission.sampling
+        self.token_ids[slot, : len(admission.token_ids)] = admission.token_ids
+        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
+        self.sample_index[slot] = admission.sample_index
+        self.seed[slot] = sampling.seed
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = sampling.top_k
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.num_logprobs[slot] = sampling.num_logprobs
+        self.sampling[slot] = sampling
+        self.stop_ids[slot] = admission.min_tokens_stop_ids
+        self.is_adjusted[slot] = (
+            sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
+        )
+
+    def _grow(self, growth: Growth) -> None:
+        end = growth.first_index + len(growth.block_ids)
+        self.block_ids[growth.slot, growth.first_index : end] = growth.block_ids
