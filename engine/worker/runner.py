@@ -1,0 +1,47 @@
+"""Runs a Step: inputs, network, sampling. Knows no scheduler, request or process."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models.decoder import Decoder, LayerCache
+from ..step import Step, StepResult
+from .inputs import InputBuffers
+from .sampler import Sampler
+from .slots import SlotTables
+
+
+class Runner:
+    """Owns the device state of all slots; one step at a time."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        caches: list[LayerCache],
+        *,
+        context_len: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._caches = caches
+        self._tables = SlotTables(max_num_seqs, context_len, block_size)
+        self._inputs = InputBuffers(
+            self._tables, max_batched_tokens, max_num_seqs, block_size, device
+        )
+        self._sampler = Sampler(self._tables)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult:
+        """Takes the step's changes, computes its rows and samples where asked."""
+        self._tables.apply(step)
+        inputs = self._inputs.fill(step)
+        hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
+        if len(inputs.slots) == 0:
+            return StepResult([], [])
+        logits = self._model.logits(hidden[inputs.sampled])
+        result = self._sampler.sample(logits, inputs.slots, inputs.lengths)
+        self._tables.token_ids[inputs.slots, inputs.lengths] = result.token_ids
+        return result

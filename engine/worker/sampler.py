@@ -1,0 +1,154 @@
+"""From logits to tokens, a whole batch at once. Knows slots; knows no model and no blocks.
+
+Order, as Hugging Face's processors: logit bias, penalties, min_tokens mask, temperature, top-k,
+top-p, min-p, one draw. The draw takes one uniform number per token from a counter-based generator,
+so a sequence's tokens depend on its seed and logits alone, never on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..step import StepResult, TokenLogprobs
+from .slots import SlotTables
+
+NUM_CANDIDATES = 1024
+"""Most cuts fall inside the best 1024 tokens; only where they do not is a vocabulary sorted."""
+
+
+class Sampler:
+    """Samples for slots of `tables`."""
+
+    def __init__(self, tables: SlotTables) -> None:
+        self._tables = tables
+
+    def sample(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> StepResult:
+        """logits: [S, V] fp32, overwritten; slots: [S]; lengths: [S] tokens known so far."""
+        tables = self._tables
+        finite = torch.isfinite(logits.sum(-1))
+        wants_logprobs = np.flatnonzero(tables.num_logprobs[slots] >= 0)
+        raw = logits[wants_logprobs].clone() if len(wants_logprobs) else logits[:0]
+        for i in np.flatnonzero(tables.is_adjusted[slots]):
+            self._adjust(logits[i], int(slots[i]), int(lengths[i]))
+        token_ids = logits.argmax(-1)
+        drawn = np.flatnonzero(tables.temperature[slots] > 0.0)
+        if len(drawn):
+            token_ids[drawn] = self._draw(logits[drawn], slots[drawn], lengths[drawn])
+        token_ids = torch.where(finite, token_ids, -1)
+        ids: list[int] = token_ids.tolist()
+        logprobs = self._logprobs(raw, wants_logprobs, slots, ids)
+        return StepResult(ids, logprobs)
+
+    # ---- logits that one request changes ----------------------------------------------------
+
+    def _adjust(self, row: Tensor, slot: int, length: int) -> None:
+        sampling, device = self._tables.sampling[slot], row.device
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), device=device)
+            row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device)
+        num_prompt = int(self._tables.num_prompt_tokens[slot])
+        known = torch.from_numpy(self._tables.token_ids[slot, :length]).long().to(device)
+        if sampling.repetition_penalty != 1.0:
+            ids = known.unique()
+            penalty = sampling.repetition_penalty
+            row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            ids, counts = known[num_prompt:].unique(return_counts=True)
+            row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if length - num_prompt < sampling.min_tokens:
+            row[list(self._tables.stop_ids[slot])] = -torch.inf
+
+    # ---- the draw -----------------------------------------------------------------------------
+
+    def _draw(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Tensor:
+        tables = self._tables
+        logits = logits / _column(tables.temperature[slots], logits)
+        uniform = _column(self._uniform(slots, lengths), logits, torch.float64)
+        is_filtered = (
+            (tables.top_k[slots] > 0) | (tables.top_p[slots] < 1.0) | (tables.min_p[slots] > 0.0)
+        )
+        token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+        free, cut = np.flatnonzero(~is_filtered), np.flatnonzero(is_filtered)
+        if len(free):
+            probabilities = torch.softmax(logits[free], -1)
+            token_ids[free] = _inverse_cdf(probabilities, uniform[free])
+        if len(cut):
+            token_ids[cut] = self._draw_cut(logits[cut], uniform[cut], slots[cut], NUM_CANDIDATES)
+        return token_ids
+
+    def _uniform(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[S] in [0, 1): a hash of seed, sample and position in the output."""
+        tables = self._tables
+        position = (lengths - tables.num_prompt_tokens[slots]).astype(np.uint64)
+        with np.errstate(over="ignore"):
+            state = splitmix64(tables.seed[slots] ^ splitmix64(tables.sample_index[slots]))
+            bits = splitmix64(state + position * np.uint64(0x9E3779B97F4A7C15))
+        return (bits >> np.uint64(11)) * 2.0**-53
+
+    def _draw_cut(
+        self, logits: Tensor, uniform: Tensor, slots: np.ndarray, num_candidates: int
+    ) -> Tensor:
+        """Draws among the most likely tokens that pass top-k, top-p and min-p."""
+        tables = self._tables
+        num_candidates = min(num_candidates, logits.shape[-1])
+        best, ids = logits.topk(num_candidates, sorted=True)
+        p = torch.exp((best - logits.logsumexp(-1, keepdim=True)).double())
+        top_k = _column(tables.top_k[slots], logits, torch.int64)
+        rank = torch.arange(num_candidates, device=logits.device)
+        kept = (top_k == 0) | (rank < top_k)
+        mass = torch.where(top_k > 0, (p * kept).sum(-1, keepdim=True), 1.0)
+        top_p = _column(tables.top_p[slots], logits, torch.float64) * mass
+        # The token that crosses the threshold is kept, so the best token always is.
+        kept &= (p.cumsum(-1) - p < top_p) | (rank == 0)
+        kept &= p >= _column(tables.min_p[slots], logits, torch.float64) * p[:, :1]
+        token_ids = ids.gather(-1, _inverse_cdf(p * kept, uniform)[:, None]).squeeze(-1)
+        # A cut is decided when it fell before the last candidate.
+        undecided = np.flatnonzero((kept[:, -1] & (top_k != num_candidates)[:, 0]).cpu().numpy())
+        if len(undecided) and num_candidates < logits.shape[-1]:
+            token_ids[undecided] = self._draw_cut(
+                logits[undecided], uniform[undecided], slots[undecided], logits.shape[-1]
+            )
+        return token_ids
+
+    # ---- log probabilities --------------------------------------------------------------------
+
+    def _logprobs(
+        self, raw: Tensor, rows: np.ndarray, slots: np.ndarray, token_ids: list[int]
+    ) -> list[TokenLogprobs | None]:
+        """Of the model's own distribution: `raw` holds the rows' logits before any change."""
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if len(rows) == 0:
+            return logprobs
+        normal = raw.log_softmax(-1)
+        num_top = self._tables.num_logprobs[slots[rows]]
+        values, ids = normal.topk(min(int(num_top.max()), normal.shape[-1]), sorted=True)
+        for i, row in enumerate(rows):
+            chosen = normal[i, token_ids[row]].item()
+            k = int(num_top[i])
+            logprobs[row] = TokenLogprobs(chosen, ids[i, :k].tolist(), values[i, :k].tolist())
+        return logprobs
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Steele, Lea and Flood 2014: a bijective hash of 64 bits."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """weights: [S, N], not normalised; uniform: [S, 1] -> index [S], never one of zero weight."""
+    cumulative = weights.double().cumsum(-1)
+    target = uniform * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Rounding can push the target to the very end, past the last token that has any weight.
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1)
+    return torch.minimum(index, last)
+
+
+def _column(values: np.ndarray, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.from_numpy(values).to(like.device, dtype or like.dtype)[:, None]

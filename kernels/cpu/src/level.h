@@ -1,0 +1,85 @@
+// What one instruction-set level offers, and the arguments of each operation.
+// Knows no Python and no torch: raw pointers, strides in elements. The semantics are those of
+// kernels/reference.
+#pragma once
+
+#include <cstdint>
+
+namespace pilotlight {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct RmsNormArgs {
+  const void* x;         // [num_outer, num_inner, size]
+  void* residual;        // null, or [num_outer, size]: x is added to it and the sum is normalised
+  const void* weight;    // [size]
+  void* out;             // contiguous
+  i64 num_outer, num_inner, size;
+  i64 outer_stride, inner_stride, residual_stride;
+  float eps;
+};
+
+struct SiluMulArgs {
+  const void* gate_up;   // [num_rows, 2 * size]
+  void* out;             // [num_rows, size], contiguous
+  i64 num_rows, size, row_stride;
+};
+
+struct PagedCache {
+  void* keys;            // [num_blocks, block_size, num_heads, head_dim], contiguous inside a block
+  void* values;
+  i64 num_blocks, block_size, num_heads, head_dim;
+  i64 key_block_stride, value_block_stride;
+};
+
+struct RopeStoreArgs {
+  void* q;               // [num_rows, num_heads, head_dim], heads contiguous
+  const void* k;         // [num_rows, cache.num_heads, head_dim], heads contiguous
+  const void* v;
+  const float* cos_sin;  // [num_positions, head_dim]
+  const i32* positions;
+  const i32* slots;
+  PagedCache cache;
+  i64 num_rows, num_heads, num_positions;
+  i64 q_stride, k_stride, v_stride;
+};
+
+struct AttentionArgs {
+  const void* q;         // [num_rows, num_heads, head_dim], heads contiguous
+  void* out;             // [num_rows, num_heads * head_dim], contiguous
+  PagedCache cache;
+  const i32* block_tables;  // [num_sequences, table_stride]
+  const i32* query_start;
+  const i32* context_lens;
+  i64 num_rows, num_heads, q_stride;
+  i64 num_sequences, table_stride;
+  i64 sliding_window;
+  float scale;
+};
+
+struct LinearArgs {
+  const void* x;         // [num_rows, num_inputs]
+  const void* weight;    // [num_outputs, num_inputs], contiguous
+  const void* bias;      // null, or [num_outputs]
+  void* out;             // [num_rows, num_outputs], contiguous
+  i64 num_rows, num_inputs, num_outputs, row_stride;
+};
+
+// Every function returns false when it cannot get memory; nothing else can fail here.
+struct Level {
+  bool (*rms_norm)(DType, const RmsNormArgs&);
+  bool (*silu_mul)(DType, const SiluMulArgs&);
+  bool (*rope_store_kv)(DType, const RopeStoreArgs&);
+  bool (*paged_attention)(DType, const AttentionArgs&);
+  bool (*linear)(DType, const LinearArgs&);
+};
+
+namespace generic { extern const Level level; }
+namespace avx2 { extern const Level level; }
+namespace avx512 { extern const Level level; }
+namespace avx512_bf16 { extern const Level level; }
+
+}  // namespace pilotlight

@@ -1,0 +1,4 @@
+#define LEVEL avx512_bf16
+#define LANES 16
+#define HAS_BF16_DOT 1
+#include "level.inc"

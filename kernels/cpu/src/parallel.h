@@ -1,0 +1,27 @@
+// Splits work over threads and lends each thread scratch memory. Knows no operation.
+#pragma once
+
+#include <cstddef>
+
+#include "level.h"
+
+namespace pilotlight {
+
+using Task = void (*)(void* context, i64 begin, i64 end);
+
+// Runs `task` over [0, count) in pieces of at most `grain`, this thread included, and returns when
+// all are done. Which thread runs a piece is open, so results must not depend on it.
+void parallel_for(i64 count, i64 grain, Task task, void* context);
+
+// This thread's own memory, aligned to 64 bytes, valid until its next call; null when there is none.
+void* scratch(std::size_t num_bytes);
+
+void set_num_threads(int num_threads);
+int num_threads();
+
+// The `GOMP_parallel` of the OpenMP run time that torch uses. With it the native code runs on
+// torch's own threads: two pools that both spin would fight over the same cores.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned num_threads, unsigned flags);
+void use_openmp(OpenMpParallel parallel);
+
+}  // namespace pilotlight

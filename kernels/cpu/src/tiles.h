@@ -1,0 +1,140 @@
+// Small matrix products C += A B over 32-bit words, the core of attention and of wide linear layers.
+// Included by each level_*.cpp after simd.h; see there.
+//
+// A word is one float, or, where the level multiplies pairs, two neighbouring bf16 along the summed
+// dimension. A's words are broadcast, B's are read as vectors, so nothing is summed across lanes.
+
+template <class T>
+struct Words {
+  static constexpr bool kPairs = false;
+  static constexpr int kElements = 1;
+};
+
+#if HAS_BF16_DOT
+template <>
+struct Words<bf16> {
+  static constexpr bool kPairs = true;
+  static constexpr int kElements = 2;
+};
+#endif
+
+// Registers hold kMaxRows x kMaxVectors sums, kMaxVectors of B and a broadcast of A.
+constexpr int kMaxRows = 6;
+constexpr int kMaxVectors = LANES == 16 ? 4 : 2;
+
+template <class T, class Extent>
+inline vu load_words(const T* from, Extent extent) {
+  if constexpr (Words<T>::kPairs) {
+    return load_raw<vu>(from, extent);
+  } else {
+    return (vu)load(from, extent);
+  }
+}
+
+template <bool Pairs>
+inline vf multiply_add(vf total, vu a, vu b) {
+#if HAS_BF16_DOT
+  if constexpr (Pairs) return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#endif
+  return total + (vf)a * (vf)b;
+}
+
+struct Matrix {
+  std::uint32_t* words;  // on the A side perhaps a caller's bf16, so read as bytes
+  i64 stride;            // words from row to row
+};
+
+inline vu splat_word(const std::uint32_t* from) {
+  std::uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return vu{} + word;
+}
+
+struct Sums {
+  float* values;
+  i64 stride;
+};
+
+template <bool Pairs, int Rows, int Vectors>
+inline void multiply_block(Matrix a, Matrix b, i64 num_steps, Sums c) {
+  vf total[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      total[r][v] = load(c.values + r * c.stride + v * kLanes, Whole{});
+    }
+  }
+  for (i64 step = 0; step < num_steps; ++step) {
+    vu right[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      right[v] = load_raw<vu>(b.words + step * b.stride + v * kLanes, Whole{});
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const vu left = splat_word(a.words + r * a.stride + step);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        total[r][v] = multiply_add<Pairs>(total[r][v], left, right[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      store(c.values + r * c.stride + v * kLanes, total[r][v], Whole{});
+    }
+  }
+}
+
+template <bool Pairs, int Vectors, int Rows = kMaxRows>
+inline void multiply_rows(Matrix a, i64 num_rows, Matrix b, i64 num_steps, Sums c) {
+  if constexpr (Rows > 0) {
+    if (num_rows == Rows) return multiply_block<Pairs, Rows, Vectors>(a, b, num_steps, c);
+    multiply_rows<Pairs, Vectors, Rows - 1>(a, num_rows, b, num_steps, c);
+  }
+}
+
+// C[num_rows, num_columns] += A[num_rows, num_steps] B[num_steps, num_columns]; num_columns is a
+// multiple of kLanes. Rows are shared out evenly: a block of one row would wait for its own sums.
+template <bool Pairs>
+void multiply(Matrix a, i64 num_rows, Matrix b, i64 num_columns, i64 num_steps, Sums c) {
+  const i64 num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
+  for (i64 block = 0; block < num_blocks; ++block) {
+    const i64 row = block * num_rows / num_blocks;
+    const i64 rows = (block + 1) * num_rows / num_blocks - row;
+    const Matrix left = {a.words + row * a.stride, a.stride};
+    i64 column = 0;
+    for (; column + kMaxVectors * kLanes <= num_columns; column += kMaxVectors * kLanes) {
+      const Sums out = {c.values + row * c.stride + column, c.stride};
+      multiply_rows<Pairs, kMaxVectors>(left, rows, {b.words + column, b.stride}, num_steps, out);
+    }
+    for (; column < num_columns; column += kLanes) {
+      const Sums out = {c.values + row * c.stride + column, c.stride};
+      multiply_rows<Pairs, 1>(left, rows, {b.words + column, b.stride}, num_steps, out);
+    }
+  }
+}
+
+// Writes words [0, num_words) of `rows` as columns: to.words[word][row]. Rows that are null and the
+// columns up to the next multiple of kLanes become zeros.
+template <class T>
+void pack_transposed(const T* const* rows, i64 num_rows, i64 num_words, Matrix to) {
+  for (i64 row = 0; row < num_rows; row += kLanes) {
+    for_lanes(num_words, [&](i64 word, auto extent) {
+      vu block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const T* from = row + i < num_rows ? rows[row + i] : nullptr;
+        block[i] = from ? load_words(from + word * Words<T>::kElements, extent) : vu{};
+      }
+      transpose(block);
+      const i64 left = num_words - word;
+      for (int i = 0; i < kLanes && i < left; ++i) {
+        store_raw(to.words + (word + i) * to.stride + row, block[i], Whole{});
+      }
+    });
+  }
+}

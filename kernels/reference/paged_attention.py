@@ -1,0 +1,183 @@
+"""paged_attention: causal grouped-query attention over a paged cache, prefill and decode in one.
+
+Knows no model and no scheduler: a batch is any mixture of sequences with one or many queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.nn import functional
+
+from .case import Case, Cost, Inputs, num_bytes
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """Return softmax(scale * q k^T) v for every query over its own sequence: [T, Hq * D].
+
+    q: [T, Hq, D], last dimension contiguous; k_cache, v_cache: [num_blocks, block_size, Hk, D] of
+    the same dtype; query head h reads key head h // (Hq / Hk). block_tables: [R, max_blocks] int32.
+    query_start: [R + 1] int32, ascending from 0. context_lens: [R] int32, tokens in the cache, this
+    step's included. Query i of sequence r is at position
+    p = context_lens[r] - (query_start[r + 1] - query_start[r]) + i and sees keys j <= p, and with a
+    sliding_window w > 0 only j > p - w. Rows from query_start[R] on are padding: they come back 0.
+    """
+    out = torch.zeros((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    for r, length in enumerate(lengths):
+        begin, end = starts[r], starts[r + 1]
+        if begin < end:
+            span = _Span(length - (end - begin), length, sliding_window)
+            k, v = (_gathered(cache, block_tables[r], span) for cache in (k_cache, v_cache))
+            heads = _attend(q[begin:end], k, v, span, scale)
+            out[begin:end] = heads.flatten(1)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Queries at positions [first_query, length) and the keys that any of them sees."""
+
+    first_query: int
+    length: int
+    sliding_window: int
+
+    @property
+    def first_key(self) -> int:
+        return max(0, self.first_query - self.sliding_window + 1) if self.sliding_window else 0
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """[queries, keys], True where visible; None when every query sees every key."""
+        if self.length - self.first_query == 1:
+            return None
+        query = torch.arange(self.first_query, self.length, device=device).unsqueeze(1)
+        key = torch.arange(self.first_key, self.length, device=device)
+        visible = key <= query
+        return visible & (key > query - self.sliding_window) if self.sliding_window else visible
+
+
+def _gathered(cache: torch.Tensor, block_table: torch.Tensor, span: _Span) -> torch.Tensor:
+    """The visible keys (or values) of one sequence: [keys, Hk, D]."""
+    block_size = cache.shape[1]
+    first_block = span.first_key // block_size
+    blocks = block_table[first_block : -(-span.length // block_size)]
+    tokens = cache[blocks.long()].flatten(0, 1)
+    offset = first_block * block_size
+    return tokens[span.first_key - offset : span.length - offset]
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: _Span, scale: float
+) -> torch.Tensor:
+    """q: [queries, Hq, D]; k, v: [keys, Hk, D] -> [queries, Hq, D]."""
+    q, k, v = (heads.transpose(0, 1).unsqueeze(0) for heads in (q, k, v))
+    mask = span.mask(q.device)
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def cost(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Cost:
+    """Keys and values once per sequence; two products per visible pair of query and key."""
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    num_keys = num_pairs = 0
+    for r, length in enumerate(lengths):
+        num_queries = starts[r + 1] - starts[r]
+        window = sliding_window or length
+        first = length - num_queries
+        num_keys += min(length, window + num_queries - 1) if num_queries else 0
+        num_pairs += sum(min(p + 1, window) for p in range(first, length))
+    kv_bytes = 2 * num_keys * num_bytes(k_cache[0, 0])
+    return Cost(2 * num_bytes(q) + kv_bytes, 4 * num_pairs * q.shape[1] * q.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """`sequences` lists (queries, context) per sequence; one builder serves every case."""
+
+    sequences: list[tuple[int, int]]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    block_size: int = 16
+    sliding_window: int = 0
+    num_padded: int = 0
+    query_scale: float = 1.0
+    is_strided: bool = False
+
+    def __call__(self, inputs: Inputs) -> tuple[object, ...]:
+        num_blocks = [-(-context // self.block_size) for _, context in self.sequences]
+        tables = self._tables(inputs, num_blocks)
+        cache_shape = (sum(num_blocks) + 2, self.block_size, self.num_kv_heads, self.head_dim)
+        k_cache, v_cache = inputs.normal(*cache_shape), inputs.normal(*cache_shape)
+        starts = [0, *accumulate(queries for queries, _ in self.sequences)]
+        q = self._queries(inputs, starts[-1] + self.num_padded)
+        contexts = inputs.ints([context for _, context in self.sequences])
+        lists = tables, inputs.ints(starts), contexts
+        return q, k_cache, v_cache, *lists, self.head_dim**-0.5, self.sliding_window
+
+    def _tables(self, inputs: Inputs, num_blocks: list[int]) -> torch.Tensor:
+        block_ids = inputs.permutation(sum(num_blocks) + 2)
+        tables = inputs.ints([0]).repeat(len(num_blocks), max(num_blocks, default=0) + 1)
+        for r, end in enumerate(accumulate(num_blocks)):
+            tables[r, : num_blocks[r]] = block_ids[end - num_blocks[r] : end]
+        return tables
+
+    def _queries(self, inputs: Inputs, num_rows: int) -> torch.Tensor:
+        num_all = self.num_heads + (2 * self.num_kv_heads if self.is_strided else 0)
+        heads = inputs.normal(num_rows, num_all, self.head_dim, scale=self.query_scale)
+        return heads[:, : self.num_heads]
+
+
+_QWEN2 = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
+
+
+def cases() -> Iterator[Case]:
+    for num_rows in (1, 8, 32, 64):
+        decode = _Batch([(1, 500 + 3 * i) for i in range(num_rows)], **_QWEN2)
+        yield Case(f"qwen2-0.5b-decode-{num_rows}-rows-of-500", decode, is_timed=True)
+    for length in (128, 512, 2048):
+        prefill = _Batch([(length, length)], **_QWEN2)
+        yield Case(f"qwen2-0.5b-prefill-{length}", prefill, is_timed=True)
+    yield Case("one-token", _Batch([(1, 1)]))
+    yield Case("decode-across-blocks", _Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
+    yield Case("decode-long", _Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))
+    yield Case("no-gqa", _Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
+    yield Case("one-key-head", _Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
+    mixture = [(1, 70), (1, 5), (33, 33), (17, 90), (1, 200), (5, 5)]
+    yield Case("chunked-prefill-with-decodes", _Batch(mixture))
+    yield Case("padded-rows", _Batch(mixture, num_padded=7))
+    yield Case("only-padding", _Batch([], num_padded=3))
+    yield Case("sequence-without-queries", _Batch([(1, 20), (0, 0), (0, 30), (4, 9)]))
+    for window in (1, 7, 16, 64):
+        windowed = _Batch(mixture, sliding_window=window)
+        yield Case(f"sliding-window-{window}", windowed)
+    yield Case("long-sliding-window", _Batch([(1, 900), (130, 700)], sliding_window=300))
+    for head_dim in (4, 16, 24, 80, 96, 128, 256):
+        yield Case(f"head-of-{head_dim}", _Batch([(1, 70), (9, 40)], head_dim=head_dim))
+    for block_size in (1, 5, 32, 128):
+        yield Case(f"blocks-of-{block_size}", _Batch([(1, 70), (40, 45)], block_size=block_size))
+    yield Case("sharp-softmax", _Batch([(1, 70), (40, 45)], query_scale=40.0))
+    yield Case("strided-queries", _Batch(mixture, is_strided=True))

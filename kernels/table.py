@@ -1,0 +1,99 @@
+"""The only dispatch: operation -> implementations, best first; chosen once, at load.
+
+Three questions, kept apart: can it run here (`supported`), can it take these arguments (`accepts`),
+is it preferred (its place in the table). None reads the environment. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .cpu import native
+
+TABLE: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("reference",),
+    "add_rms_norm": ("reference",),
+    "rope_store_kv": ("reference",),
+    "silu_mul": ("reference",),
+    "paged_attention": ("reference",),
+    "linear": ("reference",),
+}
+"""Folders of this package; the module in each has the name of the operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One callable per operation; `reference/` defines each. `choices`: operation -> folder."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    rope_store_kv: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None
+    ]
+    silu_mul: Callable[[Tensor], Tensor]
+    paged_attention: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor
+    ]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    choices: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute `op`. The reference is supported everywhere and accepts everything."""
+
+    op: str
+    name: str
+
+    def module(self) -> ModuleType:
+        return import_module(f".{self.name}.{self.op}", __package__)
+
+    def function(self) -> Callable[..., object]:
+        return getattr(self.module(), self.op)
+
+    def supported(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return self.name == "reference" or self.module().supported(device, dtype)
+
+    def accepts(self, *args: object) -> bool:
+        return self.name == "reference" or self.module().accepts(*args)
+
+
+def implementations(op: str) -> list[Implementation]:
+    """All implementations of `op`, best first, whether or not they run here."""
+    return [Implementation(op, name) for name in TABLE[op]]
+
+
+def bind(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Choose for `device` and `dtype`. Arguments that the choice does not accept go to the next.
+
+    Native code uses as many threads as torch does at this moment.
+    """
+    native.set_num_threads(torch.get_num_threads())
+    usable = {op: _usable(op, device, dtype) for op in TABLE}
+    functions = {op: _chained(ordered) for op, ordered in usable.items()}
+    return Kernels(**functions, choices={op: ordered[0].name for op, ordered in usable.items()})
+
+
+def _usable(op: str, device: torch.device, dtype: torch.dtype) -> list[Implementation]:
+    return [i for i in implementations(op) if i.supported(device, dtype)]
+
+
+def _chained(ordered: list[Implementation]) -> Callable[..., object]:
+    *preferred, last = ordered
+    return reduce(_guarded, reversed(preferred), last.function())
+
+
+def _guarded(otherwise: Callable[..., object], choice: Implementation) -> Callable[..., object]:
+    function, accepts = choice.function(), choice.module().accepts
+
+    def bound(*args: object) -> object:
+        return function(*args) if accepts(*args) else otherwise(*args)
+
+    return bound
