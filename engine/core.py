@@ -49,9 +49,9 @@ class EngineCore:
                 for i in range(submit.sampling.n)
             ]
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort(self, request_ids: list[str], index: int | None = None) -> None:
         for request_id in request_ids:
-            self._scheduler.abort(request_id)
+            self._scheduler.abort(request_id, index)
 
     @property
     def has_work(self) -> bool:

@@ -45,6 +45,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
+    index: int | None = None
+    """Only this one of each request's samples."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

@@ -93,17 +93,16 @@ class Scheduler:
         others = (Sequence(submit, i, stop_ids, leader) for i in range(1, submit.sampling.n))
         return [leader, *others]
 
-    def abort(self, request_id: str) -> bool:
-        """Ends the request whatever its state; blocks are free now, or after the step in flight.
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Ends the request, or its one sample `index`, whatever its state.
 
-        Idempotent: False when no such request is live.
+        Blocks are free now, or after the step in flight. Idempotent: False when nothing was live.
         """
-        sequences = self._requests.get(request_id)
-        if sequences is None:
-            return False
-        for sequence in list(sequences):
+        sequences = self._requests.get(request_id, [])
+        ended = [s for s in sequences if index is None or s.index == index]
+        for sequence in ended:
             self._end(sequence, FinishReason.ABORTED)
-        return True
+        return bool(ended)
 
     def take_ended(self) -> list[Output]:
         """Terminal records of sequences that ended outside `apply`."""

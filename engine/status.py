@@ -35,8 +35,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: EngineState = EngineState.STARTING
     reason: str = ""
     """Why STALLED, STOPPED or FAILED."""
-    is_setup_failure: bool = False
     phase: str = ""
+    phase_started_s: float = 0.0
     detail: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
@@ -44,5 +44,4 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Phases that ended, in order, of the present boot."""
     facts: ModelFacts | None = None
     statistics: EngineStatistics = EngineStatistics()
-    heartbeat_age_s: float = 0.0
     num_restarts: int = 0

@@ -20,6 +20,9 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
+DEFAULT_WINDOW = 4096
+DEFAULT_MAX_WINDOW_LAYERS = 28
+"""What transformers takes for Mistral and Qwen where config.json does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,7 @@ def _model_config(reader: ConfigReader, eos_token_ids: tuple[int, ...]) -> Model
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_layers = reader.integer("num_hidden_layers")
-    head_dim = reader.integer("head_dim", hidden_size // num_heads)
+    head_dim = _head_dim(reader, hidden_size, num_heads)
     num_kv_heads = reader.integer("num_key_value_heads", num_heads)
     _check_heads(num_heads, num_kv_heads, head_dim)
     is_qwen2, is_qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
@@ -158,10 +161,20 @@ def _refuse_what_is_not_implemented(reader: ConfigReader) -> None:
     reader.only("pretraining_tp", 1, 1)
     for key in ("quantization_config", "compression_config"):
         if reader.get(key) is not None:
-            method = reader.content[key].get("quant_method", "unnamed")
+            value = reader.get(key)
+            method = value.get("quant_method", "unnamed") if isinstance(value, dict) else value
             raise UnsupportedModel(f"config.json: {key} ({method}) is not supported yet")
     if reader.get("auto_map") is not None:
         raise UnsupportedModel("config.json: auto_map asks to run code from the checkpoint")
+
+
+def _head_dim(reader: ConfigReader, hidden_size: int, num_heads: int) -> int:
+    if reader.get("head_dim") is None and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads "
+            f"{num_heads}, and there is no head_dim"
+        )
+    return reader.integer("head_dim", hidden_size // num_heads)
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -175,10 +188,11 @@ def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 def _sliding_windows(reader: ConfigReader, architecture: str, num_layers: int) -> tuple[int, ...]:
-    window = reader.get("sliding_window")
+    # Absent and null differ here: transformers' default for these families is a window.
+    window = reader.content.get("sliding_window", DEFAULT_WINDOW)
     if window is None or architecture.startswith("Llama"):
         return (0,) * num_layers
-    window = reader.integer("sliding_window")
+    window = reader.integer("sliding_window", DEFAULT_WINDOW)
     if architecture.startswith("Mistral"):
         return (window,) * num_layers
     if not reader.flag("use_sliding_window", False):
@@ -193,11 +207,16 @@ def _kinds(reader: ConfigReader, num_layers: int) -> list[str]:
     kinds = reader.get("layer_types")
     if kinds is None:
         first = reader.get("max_window_layers")
-        first = num_layers if first is None else first
+        first = DEFAULT_MAX_WINDOW_LAYERS if first is None else first
+        if type(first) is not int or first < 0:
+            raise CheckpointError(f"config.json: max_window_layers is {first!r}; no layer number")
         return ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModel(f"config.json: layer_types {sorted(set(kinds))} is not supported")
-    return list(kinds)
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: layer_types is {kinds!r}; {num_layers} are needed")
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise UnsupportedModel(f"config.json: layer_types has {unknown[0]!r}; not supported")
+    return kinds
 
 
 def _eos_token_ids(content: dict[str, Any]) -> tuple[int, ...]:
@@ -211,7 +230,7 @@ def _eos_token_ids(content: dict[str, Any]) -> tuple[int, ...]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")

@@ -33,10 +33,16 @@ def read_rope(reader: ConfigReader) -> tuple[float, RopeScaling | None]:
         raise CheckpointError(f"config.json: rope parameters are {parameters!r}; no object")
     theta = parameters.get("rope_theta", reader.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
-    if type(theta) not in (int, float) or not theta > 0:
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
         raise CheckpointError(f"config.json: rope_theta is {theta!r}; a positive number is needed")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("config.json: partial_rotary_factor other than 1 is not supported")
+    fraction = parameters.get("partial_rotary_factor", 1.0)
+    if fraction != 1.0:
+        raise UnsupportedModel(
+            f"config.json: partial_rotary_factor is {fraction!r}; only 1.0 is supported"
+        )
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise UnsupportedModel(f"config.json: rope parameters of {nested[0]!r}: not supported")
     return float(theta), _scaling(parameters)
 
 
@@ -46,14 +52,14 @@ def _scaling(parameters: dict[str, Any]) -> RopeScaling | None:
         return None
     try:
         if kind == "linear":
-            return RopeScaling("linear", _positive(parameters["factor"]))
+            return RopeScaling("linear", _positive(parameters, "factor"))
         if kind == "llama3":
             return RopeScaling(
                 "llama3",
-                _positive(parameters["factor"]),
-                _positive(parameters["low_freq_factor"]),
-                _positive(parameters["high_freq_factor"]),
-                int(_positive(parameters["original_max_position_embeddings"])),
+                _positive(parameters, "factor"),
+                _positive(parameters, "low_freq_factor"),
+                _positive(parameters, "high_freq_factor"),
+                int(_positive(parameters, "original_max_position_embeddings")),
             )
     except KeyError as error:
         raise CheckpointError(f"config.json: rope scaling {kind!r} lacks {error}") from error
@@ -62,11 +68,10 @@ def _scaling(parameters: dict[str, Any]) -> RopeScaling | None:
     )
 
 
-def _positive(value: Any) -> float:
-    if type(value) not in (int, float) or not value > 0:
-        raise CheckpointError(
-            f"config.json: a rope scaling value is {value!r}; it must be positive"
-        )
+def _positive(parameters: dict[str, Any], key: str) -> float:
+    value = parameters[key]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: rope scaling {key} is {value!r}; it must be positive")
     return float(value)
 
 

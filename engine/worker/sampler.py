@@ -104,8 +104,9 @@ class Sampler:
         kept &= (p.cumsum(-1) - p < top_p) | (rank == 0)
         kept &= p >= _column(tables.min_p[slots], logits, torch.float64) * p[:, :1]
         token_ids = ids.gather(-1, _inverse_cdf(p * kept, uniform)[:, None]).squeeze(-1)
-        # A cut is decided when it fell before the last candidate.
-        undecided = np.flatnonzero((kept[:, -1] & (top_k != num_candidates)[:, 0]).cpu().numpy())
+        # A cut is decided when it fell before the last candidate and top-k's own mass is known.
+        is_open = (kept[:, -1:] & (top_k != num_candidates)) | (top_k > num_candidates)
+        undecided = np.flatnonzero(is_open[:, 0].cpu().numpy())
         if len(undecided) and num_candidates < logits.shape[-1]:
             token_ids[undecided] = self._draw_cut(
                 logits[undecided], uniform[undecided], slots[undecided], logits.shape[-1]

@@ -1,0 +1,7 @@
+"""`python -m pilotlight` is the command `pilotlight`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

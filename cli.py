@@ -1,0 +1,230 @@
+"""The command line: parses, then hands over. Imports what a command needs when it is given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .engine.errors import ConfigError, PilotlightError
+
+SERVE_EPILOG = """\
+examples:
+  pilotlight serve                                 the built-in demo model on 127.0.0.1:50051
+  pilotlight serve /models/qwen2-0.5b --host 0.0.0.0
+  pilotlight serve --config serve.toml --port 0    a flag wins over the file
+
+Every flag can stand in the TOML file by its name: max-model-len = 4096, kv-cache-bytes = "4GiB",
+model = "/models/qwen2-0.5b".
+
+Both ports answer before the model is loaded: liveness SERVING, readiness NOT_SERVING, WatchStartup
+and /startup moving. Readiness turns SERVING after the first real token. SIGTERM drains: readiness
+off, new requests UNAVAILABLE, running streams finish inside --drain-timeout, exit 0; a second
+SIGTERM ends at once. Exit codes: 0 drained, 1 the engine failed for good, 2 a mistake in what was
+asked.
+"""
+
+GENERATE_EPILOG = """\
+examples:
+  pilotlight generate "def fibonacci(n):" --max-tokens 64
+  pilotlight generate --prompt-ids 5,6,7 --ignore-eos --json
+  pilotlight generate --chat "What is a pilot light?" --temperature 0
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except PilotlightError as error:
+        print(f"pilotlight: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has enough.
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="pilotlight",
+        description="LLM inference over gRPC, built around the time from start to first token.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_bench(commands)
+    doctor = commands.add_parser("doctor", help="say what is in use on this machine, and why")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    doctor.set_defaults(command=_doctor)
+    demo = commands.add_parser("demo", help="serve the built-in model once, from boot to drain")
+    demo.set_defaults(command=_demo)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(command=_version)
+    return top
+
+
+# ---- serve ----------------------------------------------------------------------------------
+
+
+def _add_serve(commands: Any) -> None:
+    from .server.config import GROUPS, OPTIONS
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over gRPC",
+        description="Serve one model over gRPC, with an ops port beside it.",
+        epilog=SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    help_text = "folder of a Hugging Face checkpoint (default: the built-in demo model)"
+    serve.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of these options")
+    for key, title in GROUPS.items():
+        group = serve.add_argument_group(title)
+        for option in OPTIONS:
+            if option.group == key:
+                _add_option(group, option)
+    serve.set_defaults(command=_serve)
+
+
+def _add_option(group: Any, option: Any) -> None:
+    default = option.default
+    shown = "" if "default:" in option.help or default == "" else f" (default: {default})"
+    help_text = (option.help + shown).replace("%", "%%")
+    if isinstance(default, bool):
+        action = argparse.BooleanOptionalAction
+        group.add_argument(option.flag, action=action, default=argparse.SUPPRESS, help=help_text)
+    elif option.choices:
+        group.add_argument(option.flag, choices=option.choices, help=help_text)
+    else:
+        kind = str if option.is_size else type(default)
+        group.add_argument(option.flag, type=kind, metavar=option.metavar, help=help_text)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .server.config import ServeConfig, serve_config
+
+    given = vars(arguments)
+    flags = {name: given[name] for name in ServeConfig.__struct_fields__ if name in given}
+    config = serve_config(flags, given.get("config"))
+    from .server.main import main as serve
+
+    return serve(config)
+
+
+# ---- generate -------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="send one request to a server and stream the answer",
+        epilog=GENERATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prompt = generate.add_argument_group("the prompt, one of").add_mutually_exclusive_group()
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; - reads standard input")
+    prompt.add_argument("--prompt-ids", type=_ids, metavar="5,6,7", help="token ids")
+    prompt.add_argument("--chat", metavar="TEXT", help="one user message, by the model's template")
+    add = generate.add_argument
+    add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default: %(default)s)")
+    add("--model", default="", help="refuse any other model than this")
+    add("--max-tokens", type=int, metavar="N", help="(default: 512)")
+    add("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's)")
+    add("--top-k", type=int, metavar="K", help="sample among the K best; 0: all")
+    add("--top-p", type=float, metavar="P", help="sample among the best of this total probability")
+    add("--min-p", type=float, metavar="P", help="drop tokens below P times the best's probability")
+    add("--seed", type=int, metavar="N", help="same seed, same tokens")
+    add("--n", type=int, metavar="N", help="samples of the one prompt, at most 8")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    add("--ignore-eos", action="store_true", help="go on past the end token")
+    add("--timeout", type=float, metavar="SECONDS", help="deadline of the request")
+    add("--json", action="store_true", help="last line: the whole answer as JSON")
+    generate.set_defaults(command=_generate)
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 5,6,7") from None
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .client.generate import generate
+
+    request = _request(arguments)
+    return generate(
+        arguments.target, request, as_json=arguments.json, timeout_s=arguments.timeout
+    )
+
+
+def _request(arguments: argparse.Namespace) -> Any:
+    from .client.generate import Prompt
+    from .proto import inference_pb2 as pb
+
+    request = pb.GenerateRequest(model=arguments.model)
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt or ""
+    if not (text or arguments.prompt_ids or arguments.chat):
+        raise ConfigError("no prompt: give PROMPT, --prompt-ids or --chat")
+    Prompt(text, arguments.prompt_ids or (), arguments.chat or "").fill(request)
+    try:
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "n"):
+            if getattr(arguments, name) is not None:
+                setattr(request.sampling, name, getattr(arguments, name))
+        if arguments.max_tokens is not None:
+            request.stop.max_tokens = arguments.max_tokens
+    except ValueError as error:
+        raise ConfigError(f"a value does not fit its field: {error}") from error
+    request.stop.strings.extend(arguments.stop)
+    request.stop.ignore_eos = arguments.ignore_eos
+    return request
+
+
+# ---- the others -------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure; each ends with one JSON line")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    for name, text in (
+        ("throughput", "the engine alone: token ids in, tokens per second out"),
+        ("serving", "a server under load: latencies, errors, goodput"),
+        ("kernels", "each operation against its reference"),
+    ):
+        kind = kinds.add_parser(name, help=text, add_help=False)
+        kind.add_argument("rest", nargs=argparse.REMAINDER)
+        kind.set_defaults(command=_bench, kind=name)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    module = import_module(f".bench.{arguments.kind}", __package__)
+    code: int = module.main(arguments.rest)
+    return code
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import main as doctor
+
+    return doctor(as_json=arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo.run import main as demo
+
+    return demo()
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    from .server.inference import package_version
+
+    print(f"pilotlight {package_version()}")
+    return 0

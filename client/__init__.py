@@ -1,0 +1,1 @@
+"""The client's side of the wire: what `pilotlight generate`, the demo and the benches share."""

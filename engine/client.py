@@ -1,0 +1,301 @@
+"""The front's handle on the engine: submit, stream, cancel, watch; and one engine after another.
+
+Knows the channel's messages and asyncio; knows no gRPC, no text and no torch.
+
+    launch -> Boot -> Progress … Ready -> StepRecord, Heartbeat …   -> end of the channel
+                                                                         |
+       ^---------- after a pause, if the policy restarts ---------------- +--> FAILED / STOPPED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import msgspec
+from msgspec.structs import replace
+
+from . import boot_record
+from .board import Board
+from .config import EngineConfig
+from .errors import DuplicateRequest, NotReady
+from .launch import EngineLink, Launch, launch_process
+from .messages import (
+    Abort, Boot, Failed, FromEngine, Heartbeat, Output, Progress, Ready, StepRecord, Stop, Submit,
+)  # fmt: skip
+from .status import EngineState, EngineStatus, PhaseSpan
+from .streams import OutputStream
+from .watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+FRONT_PHASE = "open_ports"
+"""From process start to the engine's launch."""
+STOP_TIMEOUT_S = 3.0
+LOST = "the engine process ended"
+LASTING_BOOT_S = 60.0
+"""An engine that was ready for this long is a new chance: earlier restarts are forgotten."""
+
+
+class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens to an engine that stalls or dies."""
+
+    restarts: bool = True
+    """False: the server exits when its engine does."""
+    max_restarts: int = 5
+    restart_backoff_s: float = 0.5
+    """Doubled at each restart in a row."""
+    heartbeat_timeout_s: float = 3.0
+    progress_timeout_s: float = 30.0
+    stall_kill_s: float = 10.0
+    """A stalled engine is killed after this long."""
+    judge_interval_s: float = 0.1
+
+
+class EngineClient:
+    """Runs one engine at a time. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        policy: SupervisionPolicy,
+        *,
+        launch: Launch = launch_process,
+        clock: Callable[[], float] = time.monotonic,
+        started_s: float | None = None,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._launch = launch
+        self._clock = clock
+        self._started_s = clock() if started_s is None else started_s
+        self._board = Board(EngineStatus())
+        self._step_listeners: list[Callable[[StepRecord], None]] = []
+        self._streams: dict[str, OutputStream] = {}
+        self._link: EngineLink | None = None
+        self._watchdog: Watchdog | None = None
+        self._failure: Failed | None = None
+        self._is_stopping = False
+        self._stop_asked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # ---- what others see ----------------------------------------------------------------------
+
+    @property
+    def status(self) -> EngineStatus:
+        return self._board.value
+
+    def status_changes(self) -> AsyncIterator[EngineStatus]:
+        """The present status, then each newer one."""
+        return self._board.values()
+
+    def listen_steps(self, listener: Callable[[StepRecord], None]) -> None:
+        """Calls `listener` with every step record, before its outputs are delivered."""
+        self._step_listeners.append(listener)
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        return self._watchdog.heartbeat_age_s(self._clock()) if self._watchdog else 0.0
+
+    @property
+    def pid(self) -> int:
+        """0 while there is no engine process."""
+        return self._link.pid if self._link else 0
+
+    @property
+    def failed_setup(self) -> bool:
+        """The engine ended because of what the operator asked for: exit code 2, no restart."""
+        return self._failure is not None and self._failure.is_setup
+
+    @property
+    def num_live_requests(self) -> int:
+        return len(self._streams)
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> OutputStream:
+        """Hands a request over. Raises NotReady or DuplicateRequest."""
+        if self.status.state is not EngineState.READY or self._link is None:
+            raise NotReady(f"the model is not ready: {self.status.state}")
+        if submit.request_id in self._streams:
+            raise DuplicateRequest(f"request {submit.request_id!r} is still live")
+        stream = OutputStream(submit.request_id, submit.sampling.n, self._abort)
+        self._streams[submit.request_id] = stream
+        self._link.send(submit)
+        return stream
+
+    def abort(self, request_ids: list[str]) -> dict[str, bool]:
+        """Ends requests; their streams get terminal records. Says which ones were live."""
+        found = {request_id: request_id in self._streams for request_id in request_ids}
+        live = [request_id for request_id, is_live in found.items() if is_live]
+        if live and self._link:
+            self._link.send(Abort(live))
+        return found
+
+    def _abort(self, abort: Abort) -> None:
+        """A stream gave up one sample, or all of it: then nothing is delivered any more."""
+        if abort.index is None:
+            for request_id in abort.request_ids:
+                self._streams.pop(request_id, None)
+        if self._link:
+            self._link.send(abort)
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to launch and supervise; returns at once. Time spent before is a phase too."""
+        span = PhaseSpan(FRONT_PHASE, 0.0, self._elapsed_s())
+        self._show(replace(self.status, phases=(span,)))
+        self._task = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def wait_ended(self) -> EngineStatus:
+        """Waits until there will be no engine any more: STOPPED or FAILED."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
+        return self.status
+
+    async def stop(self) -> None:
+        """Ends the engine, by force if it does not follow. Live streams fail."""
+        self._is_stopping = True
+        self._stop_asked.set()
+        if self._task is None:
+            return self._show(replace(self.status, state=EngineState.STOPPED))
+        if self._link:
+            self._link.send(Stop())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._task), STOP_TIMEOUT_S)
+        if self._link:
+            self._link.kill()
+        await self._task
+
+    async def _supervise(self) -> None:
+        num_in_a_row = 0
+        while True:
+            self._show(boot_record.launched(self.status, self._elapsed_s()))
+            began_s = self._clock()
+            reason = await self._run_one_engine()
+            if self._is_stopping:
+                return self._end(EngineState.STOPPED, reason)
+            logger.error("the engine ended: %s", reason)
+            num_in_a_row = 0 if self._clock() - began_s > LASTING_BOOT_S else num_in_a_row
+            if not self._may_restart(num_in_a_row):
+                return self._end(EngineState.FAILED, reason)
+            self._fail_streams(reason)
+            await self._pause(self._policy.restart_backoff_s * 2**num_in_a_row)
+            if self._is_stopping:
+                return self._end(EngineState.STOPPED, reason)
+            num_in_a_row += 1
+
+    def _may_restart(self, num_in_a_row: int) -> bool:
+        policy = self._policy
+        may_help = not self.failed_setup and num_in_a_row < policy.max_restarts
+        return policy.restarts and may_help
+
+    async def _pause(self, seconds: float) -> None:
+        self._show(replace(self.status, num_restarts=self.status.num_restarts + 1))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop_asked.wait(), seconds)
+
+    def _end(self, state: EngineState, reason: str) -> None:
+        self._show(replace(self.status, state=state, reason=reason))
+        self._fail_streams(reason)
+
+    def _fail_streams(self, reason: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(reason)
+
+    async def _run_one_engine(self) -> str:
+        """From launch to the end of the process; returns why it ended."""
+        self._watchdog = self._failure = None
+        link = self._link = await self._launch()
+        link.send(Boot(self._config))
+        judge = asyncio.create_task(self._judge(link), name="engine-judge")
+        try:
+            async for message in link.messages():
+                self._hear(message)
+        finally:
+            judge.cancel()
+            # The channel is closed but a process may hang on: none may hold the device.
+            link.kill()
+            self._link = self._watchdog = None
+            stall_reason = self.status.reason
+            self._show(replace(self.status, state=EngineState.STARTING, reason=LOST, facts=None))
+            exit_reason = await link.wait()
+        return self._failure.reason if self._failure else stall_reason or exit_reason
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def _hear(self, message: FromEngine) -> None:
+        if self._watchdog is not None:
+            self._watchdog.hear(message, self._clock())
+        match message:
+            case StepRecord():
+                self._take_record(message)
+            case Heartbeat():
+                self._reconcile(message)
+                self._show(replace(self.status, statistics=message.statistics))
+            case Progress(at_s=at_s):
+                at_s -= self._started_s
+                self._show(boot_record.advanced(self.status, message, at_s))
+            case Ready(at_s=at_s):
+                policy = self._policy
+                self._watchdog = Watchdog(
+                    self._clock(), policy.heartbeat_timeout_s, policy.progress_timeout_s
+                )
+                self._show(boot_record.ready(self.status, message, at_s - self._started_s))
+            case Failed():
+                self._failure = message
+
+    def _take_record(self, record: StepRecord) -> None:
+        for listener in self._step_listeners:
+            listener(record)
+        for output in record.outputs:
+            self._deliver(output)
+
+    def _deliver(self, output: Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        stream.deliver(output)
+        if stream.is_ended:
+            del self._streams[output.request_id]
+
+    def _reconcile(self, heartbeat: Heartbeat) -> None:
+        """Ends what the engine works on and nobody here waits for. None should ever be found."""
+        unknown = [i for i in heartbeat.live_request_ids if i not in self._streams]
+        if unknown and self._link:
+            self._link.send(Abort(unknown))
+
+    # ---- stalls ---------------------------------------------------------------------------------
+
+    async def _judge(self, link: EngineLink) -> None:
+        healthy_s = self._clock()
+        while True:
+            await asyncio.sleep(self._policy.judge_interval_s)
+            now_s = self._clock()
+            reason = self._watchdog.stall_reason(now_s) if self._watchdog else ""
+            self._show_stall(reason)
+            healthy_s = healthy_s if reason else now_s
+            if now_s - healthy_s > self._policy.stall_kill_s:
+                logger.error("killing the engine: %s", reason)
+                return link.kill()
+
+    def _show_stall(self, reason: str) -> None:
+        state = self.status.state
+        if state is EngineState.READY and reason:
+            logger.error("the engine is stalled: %s", reason)
+            self._show(replace(self.status, state=EngineState.STALLED, reason=reason))
+        elif state is EngineState.STALLED and not reason:
+            logger.warning("the engine moves again")
+            self._show(replace(self.status, state=EngineState.READY, reason=""))
+
+    def _show(self, status: EngineStatus) -> None:
+        if status != self.status:
+            self._board.show(status)
+
+    def _elapsed_s(self) -> float:
+        return self._clock() - self._started_s

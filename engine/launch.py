@@ -1,0 +1,100 @@
+"""Starts an engine process and holds the front's end of its channel. Knows no requests.
+
+Never forks: gRPC's threads and a forked copy of them do not go together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+from .channel import frame, reader_in_front
+from .messages import FromEngine, ToEngine
+
+
+class EngineLink(Protocol):
+    """A running engine, as its client sees it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def send(self, message: ToEngine) -> None:
+        """Never blocks and never fails: what a dead engine does not get, nobody misses."""
+
+    def messages(self) -> AsyncIterator[FromEngine]:
+        """Everything the engine says, until its end of the channel is closed."""
+
+    def kill(self) -> None: ...
+
+    async def wait(self) -> str:
+        """Waits for the process to end; says how it did."""
+
+
+Launch = Callable[[], Awaitable[EngineLink]]
+
+
+class ProcessLink:
+    """An engine in a process of its own."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToEngine) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    async def messages(self) -> AsyncIterator[FromEngine]:
+        frames = reader_in_front()
+        while data := await self._received():
+            for message in frames.feed(data):
+                yield message
+
+    async def _received(self) -> bytes:
+        try:
+            return await self._reader.read(1 << 20)
+        except OSError:
+            return b""
+
+    def kill(self) -> None:
+        # SIGKILL also ends a process that is stopped.
+        self._process.kill()
+
+    async def wait(self) -> str:
+        code = await asyncio.to_thread(self._process.wait)
+        self._writer.close()
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+async def launch_process(log_level: str = "info") -> EngineLink:
+    """Starts `python -m pilotlight.engine.process` with one end of a socket pair.
+
+    By subprocess.Popen and not by the event loop: it uses vfork, which leaves the fork handlers of
+    gRPC's threads alone, where uvloop forks.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        module = (sys.executable, "-m", "pilotlight.engine.process")
+        process = subprocess.Popen(
+            (*module, "--fd", str(theirs.fileno()), "--log-level", log_level),
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    ours.setblocking(False)
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    return ProcessLink(process, reader, writer)

@@ -1,0 +1,227 @@
+"""What `pilotlight serve` can be told: one table for flags, TOML and --help.
+
+Knows argparse and TOML; the only place where configuration is read. A flag wins over the file, the
+file over the default. `PILOTLIGHT_CACHE` is the one environment variable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..engine.client import SupervisionPolicy
+from ..engine.config import EngineConfig
+from ..engine.errors import ConfigError
+from ..engine.logs import LEVELS
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Every option of `serve`, by the name of its flag. Meanings: see OPTIONS."""
+
+    model: str = str(DEMO_MODEL)
+    model_name: str = ""
+    host: str = "127.0.0.1"
+    port: int = 50051
+    ops_host: str = ""
+    ops_port: int = 9464
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int = 0
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 2048
+    kv_cache_bytes: int = 0
+    block_size: int = 16
+    prefix_cache: bool = True
+    max_queued_requests: int = 0
+    max_queued_tokens: int = 0
+    drain_timeout: float = 30.0
+    drain_lag: float = 0.0
+    on_engine_failure: str = "restart"
+    max_restarts: int = 5
+    heartbeat_timeout: float = 3.0
+    stall_kill: float = 10.0
+    log_level: str = "info"
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_batched_tokens=self.max_batched_tokens,
+            kv_cache_bytes=self.kv_cache_bytes,
+            block_size=self.block_size,
+            prefix_cache=self.prefix_cache,
+            num_threads=self.num_threads,
+            heartbeat_interval_s=min(0.25, self.heartbeat_timeout / 4),
+        )
+
+    def policy(self) -> SupervisionPolicy:
+        return SupervisionPolicy(
+            restarts=self.on_engine_failure == "restart",
+            max_restarts=self.max_restarts,
+            heartbeat_timeout_s=self.heartbeat_timeout,
+            stall_kill_s=self.stall_kill,
+        )
+
+    @property
+    def served_name(self) -> str:
+        return self.model_name or Path(self.model).resolve().name
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of ServeConfig as a flag: `--` and the name with dashes."""
+
+    name: str
+    group: str
+    help: str
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = 2**62
+    is_size: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default(self) -> Any:
+        return getattr(ServeConfig(), self.name)
+
+
+OPTIONS = (
+    Option("model_name", "model", "name that clients may ask for (default: the folder's name)", "NAME"),
+    Option("device", "model", "where to run; auto is CUDA if there is a usable device, else the CPU",
+           choices=("auto", "cpu", "cuda")),
+    Option("dtype", "model", "of weights and cache; auto is the checkpoint's own on CUDA, and "
+           "bfloat16 on a CPU that multiplies it, else float32",
+           choices=("auto", "bfloat16", "float16", "float32")),
+    Option("num_threads", "model", "CPU threads of the engine; 0: as many as torch chooses", "N",
+           high=4096),
+    Option("max_model_len", "capacity", "most tokens of one sequence, prompt and output; 0: as "
+           "many as the model has and the cache holds", "TOKENS", high=1 << 24),
+    Option("max_num_seqs", "capacity", "most sequences computed at once", "N", low=1, high=4096),
+    Option("max_batched_tokens", "capacity", "token budget of one step: decodes and prompt chunks "
+           "together; smaller steps answer running streams sooner", "TOKENS", low=1, high=1 << 20),
+    Option("kv_cache_bytes", "capacity", "memory of the KV cache, as 512MiB or 4GiB; 0: chosen from "
+           "what is free", "BYTES", is_size=True),
+    Option("block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024),
+    Option("prefix_cache", "capacity", "let requests share the blocks of equal prompt beginnings"),
+    Option("host", "network", "address of the data port (gRPC)", "HOST"),
+    Option("port", "network", "data port; 0: a free one, printed at start", "PORT", high=65535),
+    Option("ops_host", "network", "address of the ops port (default: that of --host)", "HOST"),
+    Option("ops_port", "network", "HTTP port of /metrics /livez /readyz /startup; 0: a free one",
+           "PORT", high=65535),
+    Option("max_queued_requests", "admission", "most requests in the server, running and waiting, "
+           "each sample counted; more get RESOURCE_EXHAUSTED; 0: four times --max-num-seqs", "N"),
+    Option("max_queued_tokens", "admission", "most prompt tokens that wait to be computed; 0: as many "
+           "as the KV cache holds", "TOKENS"),
+    Option("drain_timeout", "life", "seconds that running streams get to finish after SIGTERM",
+           "SECONDS", high=86400),
+    Option("drain_lag", "life", "seconds after SIGTERM during which new requests are still taken "
+           "while readiness is already off, for load balancers that look rarely", "SECONDS",
+           high=3600),
+    Option("on_engine_failure", "life", "restart the engine process, or exit so that an orchestrator "
+           "does", choices=("restart", "exit")),
+    Option("max_restarts", "life", "restarts in a row before the server gives up", "N", high=1000),
+    Option("heartbeat_timeout", "life", "seconds without a sign of life until readiness is off",
+           "SECONDS", low=0.2, high=3600),
+    Option("stall_kill", "life", "seconds a stalled engine gets before it is killed", "SECONDS",
+           high=86400),
+    Option("log_level", "life", "least level that is logged", choices=LEVELS),
+)  # fmt: skip
+
+GROUPS = {
+    "model": "the model and where it runs",
+    "capacity": "how much runs at once",
+    "network": "ports",
+    "admission": "who comes in",
+    "life": "life and death",
+}
+
+UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+         "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
+
+
+def serve_config(flags: Mapping[str, Any], file: Path | None) -> ServeConfig:
+    """Merges the flags that were given over the file. Raises ConfigError."""
+    values = {**(read_toml(file) if file else {}), **flags}
+    checked = {name: _checked(name, value) for name, value in values.items()}
+    config = ServeConfig(**checked)
+    if config.max_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-batched-tokens is {config.max_batched_tokens}: it must be at least "
+            f"--max-num-seqs ({config.max_num_seqs}), one token for each running sequence"
+        )
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Keys are the flags' names, with dashes or underscores, and `model`."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}") from error
+    return {_known(key, path): value for key, value in table.items()}
+
+
+def _known(key: str, path: Path) -> str:
+    name = key.replace("-", "_")
+    names = ServeConfig.__struct_fields__
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
+    raise ConfigError(f"--config {path}: unknown key {key!r}{hint}")
+
+
+def _checked(name: str, value: Any) -> Any:
+    option = next((option for option in OPTIONS if option.name == name), None)
+    if option is None:  # the model's path
+        return str(value)
+    if option.is_size:
+        value = size_bytes(option.flag, value)
+    kind = type(option.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{option.flag} is {value!r}: must be of type {kind.__name__}")
+    if option.choices and value not in option.choices:
+        raise ConfigError(f"{option.flag} is {value!r}: must be one of {', '.join(option.choices)}")
+    if kind in (int, float) and not option.low <= value <= option.high:
+        raise ConfigError(f"{option.flag} is {value!r}: must be {option.low:g} to {option.high:.12g}")
+    return value
+
+
+def size_bytes(flag: str, value: Any) -> int:
+    """4096, "4096", "512MiB", "4 GiB"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    unit = match and UNITS.get(match[2].lower())
+    if not match or unit is None:
+        raise ConfigError(f"{flag} is {value!r}: give bytes, or a number with KiB, MiB or GiB")
+    return int(float(match[1]) * unit)
+
+
+def cache_root() -> Path:
+    """Where artefacts are kept: $PILOTLIGHT_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("PILOTLIGHT_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pilotlight"

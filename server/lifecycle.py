@@ -1,0 +1,124 @@
+"""The state of the whole server, derived: what the engine is, and whether we drain.
+
+Knows EngineStatus and the health service; knows no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+from ..engine.client import EngineClient
+from ..engine.errors import Draining, NotReady
+from ..engine.messages import ModelFacts
+from ..engine.status import EngineState, EngineStatus
+from ..proto import inference_pb2 as pb
+from .timeline import eta_s
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+READINESS_SERVICES = ("", "readiness", SERVICE_NAME)
+LIVENESS_SERVICE = "liveness"
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+STATES = {
+    EngineState.STARTING: pb.SERVER_STATE_STARTING,
+    EngineState.LOADING: pb.SERVER_STATE_LOADING,
+    EngineState.WARMING: pb.SERVER_STATE_WARMING,
+    EngineState.READY: pb.SERVER_STATE_READY,
+    EngineState.STALLED: pb.SERVER_STATE_STALLED,
+    EngineState.STOPPED: pb.SERVER_STATE_STOPPED,
+    EngineState.FAILED: pb.SERVER_STATE_FAILED,
+}
+
+
+class Lifecycle:
+    """Answers "what are you?" for every face: health, /readyz, the door, WatchStartup."""
+
+    def __init__(self, engine: EngineClient, started_s: float) -> None:
+        self._engine = engine
+        self._started_s = started_s
+        self._is_draining = False
+        self._is_closed = False
+        self.ready_after_s = 0.0
+        """Process start to the first READY; 0 before."""
+        self.health = health_aio.HealthServicer()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    @property
+    def state(self) -> "pb.ServerState":
+        engine_state = self._engine.status.state
+        is_over = engine_state in (EngineState.STOPPED, EngineState.FAILED)
+        if self._is_draining and not is_over:
+            return pb.SERVER_STATE_DRAINING
+        return STATES[engine_state]
+
+    @property
+    def state_name(self) -> str:
+        return pb.ServerState.Name(self.state).removeprefix("SERVER_STATE_")
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == pb.SERVER_STATE_READY
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    def check_open(self) -> ModelFacts:
+        """The door: raises Draining or NotReady, else the facts of the model that is ready."""
+        if self._is_closed:
+            raise Draining("the server is shutting down; send the request elsewhere")
+        status = self._engine.status
+        if status.state is not EngineState.READY or status.facts is None:
+            wait_s = eta_s(status, self.elapsed_s)
+            detail = status.reason or status.phase
+            message = f"the model is not ready: {self.state_name}" + (f" ({detail})" if detail else "")
+            raise NotReady(message, retry_after_s=1.0 if wait_s is None else max(0.1, wait_s))
+        return status.facts
+
+    def begin_drain(self) -> None:
+        """Readiness goes off at once; the door stays open until `close`."""
+        self._is_draining = True
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    # ---- health -----------------------------------------------------------------------------------
+
+    async def publish_liveness(self) -> None:
+        await self.health.set(LIVENESS_SERVICE, SERVING)
+        await self.publish_readiness()
+
+    async def publish_readiness(self) -> None:
+        for service in READINESS_SERVICES:
+            await self.health.set(service, SERVING if self.is_ready else NOT_SERVING)
+
+    async def follow_engine(self) -> None:
+        """Keeps health in step with the engine for as long as the server lives."""
+        was = None
+        async for status in self._engine.status_changes():
+            if status.state is was:
+                continue
+            was = status.state
+            self._note(status)
+            await self.publish_readiness()
+
+    def _note(self, status: EngineStatus) -> None:
+        fields = {"state": self.state_name, "elapsed_s": round(self.elapsed_s, 3)}
+        if status.reason:
+            fields["reason"] = status.reason
+        if self.is_ready and not self.ready_after_s and status.phases:
+            last = status.phases[-1]
+            self.ready_after_s = last.started_s + last.duration_s
+            fields["phases"] = {p.name: round(p.duration_s, 3) for p in status.phases}
+        logger.info("server is %s", self.state_name, extra={"fields": fields})

@@ -1,0 +1,87 @@
+"""One sample of a request: its tokens become text, and stop strings end it. Knows no gRPC calls.
+
+Turns engine outputs into chunks of the wire contract.
+"""
+
+from __future__ import annotations
+
+from ..engine.messages import FinishReason, Output
+from ..proto import inference_pb2 as pb
+from .text.detokenizer import Detokenizer
+from .text.stop_strings import StopStrings
+from .text.tokenizer import Tokenizer
+from .validation import TextOptions
+
+
+class Sample:
+    """Feeds on outputs in order; `is_ended` after the chunk that has a finish reason."""
+
+    def __init__(
+        self, request_id: str, index: int, options: TextOptions, tokenizer: Tokenizer | None
+    ) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.is_ended = False
+        self.error = ""
+        self._request_id = request_id
+        self._hides_stop_token = options.skip_special_tokens
+        self._stops = StopStrings(options.stop_strings, options.include_stop_string)
+        self._detokenizer = (
+            Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
+        )
+
+    def chunk(self, outputs: list[Output]) -> pb.GenerateChunk | None:
+        """What `outputs`, some in a row, bring together; None when the sample had ended."""
+        if self.is_ended:
+            return None
+        chunk = pb.GenerateChunk(request_id=self._request_id, index=self.index)
+        for output in outputs:
+            self._take(output, chunk)
+            if self.is_ended:
+                break
+        chunk.num_output_tokens = self.num_tokens
+        return chunk
+
+    @property
+    def stopped_itself(self) -> bool:
+        """A stop string was found here: the engine does not know yet."""
+        return self._stops.matched is not None
+
+    def _take(self, output: Output, chunk: pb.GenerateChunk) -> None:
+        chunk.token_ids.extend(output.token_ids)
+        self.num_tokens += len(output.token_ids)
+        self._add_logprobs(output, chunk)
+        chunk.text += self._stops.feed(self._text(output))
+        if self.stopped_itself:
+            self._end(chunk, FinishReason.STOP)
+            chunk.stop_string = self._stops.matched or ""
+        elif output.finish_reason is not FinishReason.NONE:
+            self._finish(output, chunk)
+
+    def _finish(self, output: Output, chunk: pb.GenerateChunk) -> None:
+        self.error = output.error
+        if self._detokenizer:
+            chunk.text += self._stops.feed(self._detokenizer.finish())
+        chunk.text += self._stops.finish()
+        self._end(chunk, output.finish_reason)
+        if output.finish_reason is FinishReason.STOP:
+            chunk.stop_token_id = output.stop_token_id
+
+    def _end(self, chunk: pb.GenerateChunk, reason: FinishReason) -> None:
+        self.is_ended = True
+        chunk.finish_reason = int(reason)  # type: ignore[assignment]
+
+    def _text(self, output: Output) -> str:
+        token_ids = output.token_ids
+        if output.stop_token_id >= 0 and self._hides_stop_token:
+            token_ids = token_ids[:-1]
+        return self._detokenizer.feed(token_ids) if self._detokenizer and token_ids else ""
+
+    def _add_logprobs(self, output: Output, chunk: pb.GenerateChunk) -> None:
+        if output.logprobs is None or output.top_logprobs is None:
+            return
+        rows = zip(output.token_ids, output.logprobs, output.top_logprobs, strict=True)
+        for token_id, logprob, top in rows:
+            entry = chunk.logprobs.add(token_id=token_id, logprob=logprob)
+            for other in top:
+                entry.top.add(token_id=other.token_id, logprob=other.logprob)

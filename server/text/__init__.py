@@ -1,0 +1,1 @@
+"""Text <-> token ids, in the front only: the engine never sees a character."""

@@ -1,0 +1,89 @@
+"""Chat messages to a prompt, with the model's own template in a sandbox. Knows no tokens.
+
+A template is a program that came with the weights: it runs in Jinja's immutable sandbox, sees
+nothing but the messages, and its output is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...engine.errors import CheckpointError, InvalidField
+
+
+class TemplateRefusal(TemplateError):
+    """The template called raise_exception: these messages are not for it."""
+
+
+class ChatTemplate:
+    """One model's template, compiled once."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        self._template = environment.from_string(source)
+        self._special_tokens = special_tokens
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Raises InvalidField where the template refuses the messages or fails on them."""
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except Exception as error:  # noqa: BLE001 - a template can raise anything
+            limit = f"the model's chat template refuses them: {error}"
+            raise InvalidField("chat.messages", f"{len(messages)} messages", limit) from error
+
+
+def load_chat_template(folder: Path) -> ChatTemplate | None:
+    """From chat_template.jinja or tokenizer_config.json; None where the model has none."""
+    config = _tokenizer_config(folder)
+    file = folder / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if not isinstance(source, str):
+        return None
+    try:
+        return ChatTemplate(source, _special_tokens(config))
+    except TemplateError as error:
+        raise CheckpointError(f"the chat template in {folder} cannot be read: {error}") from error
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, …: strings, or objects with `content`."""
+    tokens = {}
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    """As transformers defines it: no HTML escapes."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateRefusal(message)
