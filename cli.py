@@ -36,7 +36,11 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and arguments.command is not _bench:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-# ---- serve ----------------------------------------------------------------------------------
+# ---- serve -----------------------------------------------------------------------------------
 
 
 def _add_serve(commands: Any) -> None:
@@ -118,7 +122,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(config)
 
 
-# ---- generate -------------------------------------------------------------------------------
+# ---- generate --------------------------------------------------------------------------------
 
 
 def _add_generate(commands: Any) -> None:
@@ -160,9 +164,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from .client.generate import generate
 
     request = _request(arguments)
-    return generate(
-        arguments.target, request, as_json=arguments.json, timeout_s=arguments.timeout
-    )
+    return generate(arguments.target, request, as_json=arguments.json, timeout_s=arguments.timeout)
 
 
 def _request(arguments: argparse.Namespace) -> Any:
@@ -187,7 +189,7 @@ def _request(arguments: argparse.Namespace) -> Any:
     return request
 
 
-# ---- the others -------------------------------------------------------------------------------
+# ---- the others ------------------------------------------------------------------------------
 
 
 def _add_bench(commands: Any) -> None:
@@ -199,7 +201,6 @@ def _add_bench(commands: Any) -> None:
         ("kernels", "each operation against its reference"),
     ):
         kind = kinds.add_parser(name, help=text, add_help=False)
-        kind.add_argument("rest", nargs=argparse.REMAINDER)
         kind.set_defaults(command=_bench, kind=name)
 
 

@@ -170,12 +170,12 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 def make_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """float32. Norms lie around one; matrices keep the scale of their input."""
-    noise = torch.randn(size, generator=generator)
+    noise: torch.Tensor = torch.randn(size, generator=generator)
     if "norm" in name:
         return 1.0 + 0.1 * noise
     if "embed_tokens" in name or name.endswith("bias"):
         return 0.1 * noise
-    return noise * size[-1] ** -0.5
+    return noise.mul_(float(size[-1]) ** -0.5)
 
 
 def _write_shards(shape: Shape, out: Path, dtype: str, seed: int, max_shard_bytes: int) -> None:
@@ -226,7 +226,7 @@ def _write_shard(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, size in named.items():
             tensor = make_tensor(name, size, generator).to(torch_dtype)
-            file.write(tensor.flatten().view(torch.uint8).numpy())
+            file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return offset
 
 

@@ -110,7 +110,7 @@ def summary(result: dict[str, Any]) -> str:
 def describe(error: grpc.RpcError) -> str:
     """A status as one line, with what its details say about when to come back."""
     line = f"{error.code().name}: {error.details()}"
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
     for detail in status.details if status else ():
         retry = error_details_pb2.RetryInfo()
         if detail.Is(retry.DESCRIPTOR):

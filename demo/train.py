@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 SKIPPED = {
@@ -55,7 +55,7 @@ class Shape:
     eps: float = 1e-5
 
 
-# ---- corpus --------------------------------------------------------------------------------
+# ---- corpus ----------------------------------------------------------------------------------
 
 
 def corpus_files(root: Path) -> Iterator[tuple[str, Path]]:
@@ -71,7 +71,8 @@ def is_held_out(relative: str) -> bool:
 
 def read_corpus(root: Path) -> tuple[list[str], list[str]]:
     """Texts to train on and texts held out."""
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for relative, path in corpus_files(root):
         text = path.read_text(encoding="utf-8", errors="ignore").replace("\r\n", "\n")
         if text.strip():
@@ -83,7 +84,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     # Runs of spaces stay whole, so that one token is one level of indentation.
     split = pre_tokenizers.Split(
-        pattern=_regex(r" ?[A-Za-z_]+|[0-9]| ?[^\sA-Za-z_0-9]+|\n+|[ \t]+(?=\S)|\s+"),
+        pattern=Regex(r" ?[A-Za-z_]+|[0-9]| ?[^\sA-Za-z_0-9]+|\n+|[ \t]+(?=\S)|\s+"),
         behavior="isolated",
     )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -99,23 +100,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _regex(pattern: str):  # noqa: ANN202 - tokenizers' Regex has no public type
-    from tokenizers import Regex
-
-    return Regex(pattern)
-
-
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """One stream: each text between end markers."""
-    end = tokenizer.token_to_id(END)
-    ids: list[int] = [end]
+    end: int = tokenizer.token_to_id(END)  # type: ignore[assignment]
+    ids = [end]
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         ids += encoding.ids
         ids.append(end)
     return torch.tensor(ids, dtype=torch.int32)
 
 
-# ---- model ---------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -189,7 +184,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-# ---- optimiser -----------------------------------------------------------------------------
+# ---- optimiser -------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -199,7 +194,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -210,8 +205,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g: Tensor, num_iterations: int = 5) -> Tensor:
+    """Brings the singular values of `g` near one."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g
+    x: Tensor = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(num_iterations):
         m = x @ x.T
@@ -219,7 +215,7 @@ def orthogonal(g: Tensor, num_iterations: int = 5) -> Tensor:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-# ---- training ------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------
 
 
 def batches(stream: Tensor, length: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -291,7 +287,7 @@ def train(
     return step, step * args.batch * args.length
 
 
-# ---- export --------------------------------------------------------------------------------
+# ---- export ----------------------------------------------------------------------------------
 
 
 def tensors_of(model: Model) -> dict[str, Tensor]:

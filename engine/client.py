@@ -24,7 +24,17 @@ from .config import EngineConfig
 from .errors import DuplicateRequest, NotReady
 from .launch import EngineLink, Launch, launch_process
 from .messages import (
-    Abort, Boot, Failed, FromEngine, Heartbeat, Output, Progress, Ready, StepRecord, Stop, Submit,
+    Abort,
+    Boot,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Output,
+    Progress,
+    Ready,
+    StepRecord,
+    Stop,
+    Submit,
 )  # fmt: skip
 from .status import EngineState, EngineStatus, PhaseSpan
 from .streams import OutputStream
@@ -78,11 +88,10 @@ class EngineClient:
         self._link: EngineLink | None = None
         self._watchdog: Watchdog | None = None
         self._failure: Failed | None = None
-        self._is_stopping = False
         self._stop_asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    # ---- what others see ----------------------------------------------------------------------
+    # ---- what others see ---------------------------------------------------------------------
 
     @property
     def status(self) -> EngineStatus:
@@ -114,7 +123,7 @@ class EngineClient:
     def num_live_requests(self) -> int:
         return len(self._streams)
 
-    # ---- requests ---------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> OutputStream:
         """Hands a request over. Raises NotReady or DuplicateRequest."""
@@ -143,7 +152,7 @@ class EngineClient:
         if self._link:
             self._link.send(abort)
 
-    # ---- life -----------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begins to launch and supervise; returns at once. Time spent before is a phase too."""
@@ -159,10 +168,10 @@ class EngineClient:
 
     async def stop(self) -> None:
         """Ends the engine, by force if it does not follow. Live streams fail."""
-        self._is_stopping = True
         self._stop_asked.set()
         if self._task is None:
-            return self._show(replace(self.status, state=EngineState.STOPPED))
+            self._show(replace(self.status, state=EngineState.STOPPED))
+            return
         if self._link:
             self._link.send(Stop())
         with suppress(TimeoutError):
@@ -177,7 +186,7 @@ class EngineClient:
             self._show(boot_record.launched(self.status, self._elapsed_s()))
             began_s = self._clock()
             reason = await self._run_one_engine()
-            if self._is_stopping:
+            if self._stop_asked.is_set():
                 return self._end(EngineState.STOPPED, reason)
             logger.error("the engine ended: %s", reason)
             num_in_a_row = 0 if self._clock() - began_s > LASTING_BOOT_S else num_in_a_row
@@ -185,7 +194,7 @@ class EngineClient:
                 return self._end(EngineState.FAILED, reason)
             self._fail_streams(reason)
             await self._pause(self._policy.restart_backoff_s * 2**num_in_a_row)
-            if self._is_stopping:
+            if self._stop_asked.is_set():
                 return self._end(EngineState.STOPPED, reason)
             num_in_a_row += 1
 
@@ -227,7 +236,7 @@ class EngineClient:
             exit_reason = await link.wait()
         return self._failure.reason if self._failure else stall_reason or exit_reason
 
-    # ---- messages -------------------------------------------------------------------------------
+    # ---- messages ----------------------------------------------------------------------------
 
     def _hear(self, message: FromEngine) -> None:
         if self._watchdog is not None:
@@ -270,7 +279,7 @@ class EngineClient:
         if unknown and self._link:
             self._link.send(Abort(unknown))
 
-    # ---- stalls ---------------------------------------------------------------------------------
+    # ---- stalls ------------------------------------------------------------------------------
 
     async def _judge(self, link: EngineLink) -> None:
         healthy_s = self._clock()

@@ -11,7 +11,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time (UTC), level, process, logger, message, then `extra={"fields": …}`."""
+    """One object a line: time (UTC), level, process, logger, message, `extra={"fields": …}`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

@@ -27,7 +27,15 @@ from .errors import EngineError, SetupError
 from .heartbeat import Heart, Pulse
 from .logs import log_json_lines
 from .messages import (
-    Abort, Boot, Failed, FromEngine, Progress, Ready, Stop, Submit, ToEngine,
+    Abort,
+    Boot,
+    Failed,
+    FromEngine,
+    Progress,
+    Ready,
+    Stop,
+    Submit,
+    ToEngine,
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

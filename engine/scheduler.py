@@ -68,7 +68,7 @@ class Scheduler:
         self._prefix_query_tokens = 0
         self._prefix_hit_tokens = 0
 
-    # ---- requests -------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------
 
     def add(self, submit: Submit) -> None:
         """Queues the request's n sequences. Raises DuplicateRequest or InvalidField."""
@@ -116,7 +116,7 @@ class Scheduler:
     def live_request_ids(self) -> list[str]:
         return list(self._requests)
 
-    # ---- one step -------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed."""
@@ -287,7 +287,7 @@ class Scheduler:
             self._retire(sequence)
         return output
 
-    # ---- endings --------------------------------------------------------------------------
+    # ---- endings -----------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         output = Output(sequence.request_id, sequence.index, [], reason, error=error)
@@ -328,7 +328,7 @@ class Scheduler:
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    # ---- accounts -------------------------------------------------------------------------
+    # ---- accounts ----------------------------------------------------------------------------
 
     def statistics(self) -> EngineStatistics:
         blocks = self._pool.statistics()

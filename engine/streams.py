@@ -16,9 +16,7 @@ from .messages import Abort, FinishReason, Output
 class OutputStream:
     """Outputs of `num_samples` sequences; ends when each had its terminal record."""
 
-    def __init__(
-        self, request_id: str, num_samples: int, abort: Callable[[Abort], None]
-    ) -> None:
+    def __init__(self, request_id: str, num_samples: int, abort: Callable[[Abort], None]) -> None:
         self.request_id = request_id
         self.num_tokens = 0
         """Tokens that arrived, over all samples."""
@@ -58,7 +56,7 @@ class OutputStream:
         if not self.is_ended:
             self._abort(Abort([self.request_id], index))
 
-    # ---- the client's side ------------------------------------------------------------------
+    # ---- the client's side -------------------------------------------------------------------
 
     def deliver(self, output: Output) -> None:
         self.num_tokens += len(output.token_ids)

@@ -13,9 +13,7 @@ from .messages import FromEngine, Heartbeat, StepRecord
 class Watchdog:
     """Told of every message; asked on a clock. All times are of one monotonic clock."""
 
-    def __init__(
-        self, now_s: float, heartbeat_timeout_s: float, progress_timeout_s: float
-    ) -> None:
+    def __init__(self, now_s: float, heartbeat_timeout_s: float, progress_timeout_s: float) -> None:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._heard_s = now_s

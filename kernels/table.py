@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ from torch import Tensor
 from .cpu import native
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("reference",),
-    "add_rms_norm": ("reference",),
-    "rope_store_kv": ("reference",),
-    "silu_mul": ("reference",),
-    "paged_attention": ("reference",),
-    "linear": ("reference",),
+    "rms_norm": ("cpu", "reference"),
+    "add_rms_norm": ("cpu", "reference"),
+    "rope_store_kv": ("cpu", "reference"),
+    "silu_mul": ("cpu", "reference"),
+    "paged_attention": ("cpu", "reference"),
+    "linear": ("cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
 
@@ -34,13 +35,9 @@ class Kernels:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    rope_store_kv: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None
-    ]
+    rope_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     silu_mul: Callable[[Tensor], Tensor]
-    paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor
-    ]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     choices: dict[str, str]
 
@@ -55,8 +52,9 @@ class Implementation:
     def module(self) -> ModuleType:
         return import_module(f".{self.name}.{self.op}", __package__)
 
-    def function(self) -> Callable[..., object]:
-        return getattr(self.module(), self.op)
+    def function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(self.module(), self.op)
+        return function
 
     def supported(self, device: torch.device, dtype: torch.dtype) -> bool:
         return self.name == "reference" or self.module().supported(device, dtype)
@@ -85,12 +83,12 @@ def _usable(op: str, device: torch.device, dtype: torch.dtype) -> list[Implement
     return [i for i in implementations(op) if i.supported(device, dtype)]
 
 
-def _chained(ordered: list[Implementation]) -> Callable[..., object]:
+def _chained(ordered: list[Implementation]) -> Callable[..., Any]:
     *preferred, last = ordered
     return reduce(_guarded, reversed(preferred), last.function())
 
 
-def _guarded(otherwise: Callable[..., object], choice: Implementation) -> Callable[..., object]:
+def _guarded(otherwise: Callable[..., Any], choice: Implementation) -> Callable[..., Any]:
     function, accepts = choice.function(), choice.module().accepts
 
     def bound(*args: object) -> object:

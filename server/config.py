@@ -104,46 +104,120 @@ class Option:
 
 
 OPTIONS = (
-    Option("model_name", "model", "name that clients may ask for (default: the folder's name)", "NAME"),
-    Option("device", "model", "where to run; auto is CUDA if there is a usable device, else the CPU",
-           choices=("auto", "cpu", "cuda")),
-    Option("dtype", "model", "of weights and cache; auto is the checkpoint's own on CUDA, and "
-           "bfloat16 on a CPU that multiplies it, else float32",
-           choices=("auto", "bfloat16", "float16", "float32")),
-    Option("num_threads", "model", "CPU threads of the engine; 0: as many as torch chooses", "N",
-           high=4096),
-    Option("max_model_len", "capacity", "most tokens of one sequence, prompt and output; 0: as "
-           "many as the model has and the cache holds", "TOKENS", high=1 << 24),
+    Option(
+        "model_name", "model", "name that clients may ask for (default: the folder's name)", "NAME"
+    ),
+    Option(
+        "device",
+        "model",
+        "where to run; auto: CUDA if there is a usable device, else the CPU",
+        choices=("auto", "cpu", "cuda"),
+    ),
+    Option(
+        "dtype",
+        "model",
+        "of weights and cache; auto is the checkpoint's own on CUDA, and "
+        "bfloat16 on a CPU that multiplies it, else float32",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    ),
+    Option(
+        "num_threads",
+        "model",
+        "CPU threads of the engine; 0: as many as torch chooses",
+        "N",
+        high=4096,
+    ),
+    Option(
+        "max_model_len",
+        "capacity",
+        "most tokens of one sequence, prompt and output; 0: as "
+        "many as the model has and the cache holds",
+        "TOKENS",
+        high=1 << 24,
+    ),
     Option("max_num_seqs", "capacity", "most sequences computed at once", "N", low=1, high=4096),
-    Option("max_batched_tokens", "capacity", "token budget of one step: decodes and prompt chunks "
-           "together; smaller steps answer running streams sooner", "TOKENS", low=1, high=1 << 20),
-    Option("kv_cache_bytes", "capacity", "memory of the KV cache, as 512MiB or 4GiB; 0: chosen from "
-           "what is free", "BYTES", is_size=True),
-    Option("block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024),
+    Option(
+        "max_batched_tokens",
+        "capacity",
+        "token budget of one step: decodes and prompt chunks "
+        "together; smaller steps answer running streams sooner",
+        "TOKENS",
+        low=1,
+        high=1 << 20,
+    ),
+    Option(
+        "kv_cache_bytes",
+        "capacity",
+        "memory of the KV cache, as 512MiB or 4GiB; 0: chosen from what is free",
+        "BYTES",
+        is_size=True,
+    ),
+    Option(
+        "block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024
+    ),
     Option("prefix_cache", "capacity", "let requests share the blocks of equal prompt beginnings"),
     Option("host", "network", "address of the data port (gRPC)", "HOST"),
     Option("port", "network", "data port; 0: a free one, printed at start", "PORT", high=65535),
     Option("ops_host", "network", "address of the ops port (default: that of --host)", "HOST"),
-    Option("ops_port", "network", "HTTP port of /metrics /livez /readyz /startup; 0: a free one",
-           "PORT", high=65535),
-    Option("max_queued_requests", "admission", "most requests in the server, running and waiting, "
-           "each sample counted; more get RESOURCE_EXHAUSTED; 0: four times --max-num-seqs", "N"),
-    Option("max_queued_tokens", "admission", "most prompt tokens that wait to be computed; 0: as many "
-           "as the KV cache holds", "TOKENS"),
-    Option("drain_timeout", "life", "seconds that running streams get to finish after SIGTERM",
-           "SECONDS", high=86400),
-    Option("drain_lag", "life", "seconds after SIGTERM during which new requests are still taken "
-           "while readiness is already off, for load balancers that look rarely", "SECONDS",
-           high=3600),
-    Option("on_engine_failure", "life", "restart the engine process, or exit so that an orchestrator "
-           "does", choices=("restart", "exit")),
+    Option(
+        "ops_port",
+        "network",
+        "HTTP port of /metrics /livez /readyz /startup; 0: a free one",
+        "PORT",
+        high=65535,
+    ),
+    Option(
+        "max_queued_requests",
+        "admission",
+        "most requests in the server, running and waiting, "
+        "each sample counted; more get RESOURCE_EXHAUSTED; 0: four times --max-num-seqs",
+        "N",
+    ),
+    Option(
+        "max_queued_tokens",
+        "admission",
+        "most prompt tokens that wait to be computed; 0: as many as the KV cache holds",
+        "TOKENS",
+    ),
+    Option(
+        "drain_timeout",
+        "life",
+        "seconds that running streams get to finish after SIGTERM",
+        "SECONDS",
+        high=86400,
+    ),
+    Option(
+        "drain_lag",
+        "life",
+        "seconds after SIGTERM during which new requests are still taken "
+        "while readiness is already off, for load balancers that look rarely",
+        "SECONDS",
+        high=3600,
+    ),
+    Option(
+        "on_engine_failure",
+        "life",
+        "restart the engine process, or exit so that an orchestrator does",
+        choices=("restart", "exit"),
+    ),
     Option("max_restarts", "life", "restarts in a row before the server gives up", "N", high=1000),
-    Option("heartbeat_timeout", "life", "seconds without a sign of life until readiness is off",
-           "SECONDS", low=0.2, high=3600),
-    Option("stall_kill", "life", "seconds a stalled engine gets before it is killed", "SECONDS",
-           high=86400),
+    Option(
+        "heartbeat_timeout",
+        "life",
+        "seconds without a sign of life until readiness is off",
+        "SECONDS",
+        low=0.2,
+        high=3600,
+    ),
+    Option(
+        "stall_kill",
+        "life",
+        "seconds a stalled engine gets before it is killed",
+        "SECONDS",
+        high=86400,
+    ),
     Option("log_level", "life", "least level that is logged", choices=LEVELS),
-)  # fmt: skip
+)
 
 GROUPS = {
     "model": "the model and where it runs",
@@ -205,7 +279,9 @@ def _checked(name: str, value: Any) -> Any:
     if option.choices and value not in option.choices:
         raise ConfigError(f"{option.flag} is {value!r}: must be one of {', '.join(option.choices)}")
     if kind in (int, float) and not option.low <= value <= option.high:
-        raise ConfigError(f"{option.flag} is {value!r}: must be {option.low:g} to {option.high:.12g}")
+        raise ConfigError(
+            f"{option.flag} is {value!r}: must be {option.low:g} to {option.high:.12g}"
+        )
     return value
 
 

@@ -29,8 +29,14 @@ from .samples import Sample
 from .text.chat import ChatTemplate
 from .text.tokenizer import Tokenizer
 from .validation import (
-    SamplingDefaults, check_chat, check_ids, check_model_name, check_prompt_ids,
-    check_prompt_text, sampling_params, text_options,
+    SamplingDefaults,
+    check_chat,
+    check_ids,
+    check_model_name,
+    check_prompt_ids,
+    check_prompt_text,
+    sampling_params,
+    text_options,
 )  # fmt: skip
 
 
@@ -141,7 +147,7 @@ class Generation:
                     stream.cancel()
                 services.admission.release(place)
 
-    # ---- at the door --------------------------------------------------------------------------
+    # ---- at the door -------------------------------------------------------------------------
 
     def _checked(self, facts: ModelFacts) -> SamplingParams:
         request, text = self._request, self._services.text
@@ -179,7 +185,7 @@ class Generation:
                 return estimated_tokens(num_chars)
         raise InvalidField("prompt", "absent", "one of text, token_ids and chat must be set")
 
-    # ---- tokens -----------------------------------------------------------------------------------
+    # ---- tokens ------------------------------------------------------------------------------
 
     async def _prompt_ids(self, facts: ModelFacts) -> list[int]:
         request, requests = self._request, self._services.requests
@@ -196,11 +202,9 @@ class Generation:
     def _submit(self, prompt_ids: list[int], params: SamplingParams) -> Submit:
         return Submit(self.request_id, prompt_ids, params, self._request.cache_salt)
 
-    # ---- the answer -------------------------------------------------------------------------------
+    # ---- the answer --------------------------------------------------------------------------
 
-    async def _answer(
-        self, stream: OutputStream, place: Place
-    ) -> AsyncIterator[pb.GenerateChunk]:
+    async def _answer(self, stream: OutputStream, place: Place) -> AsyncIterator[pb.GenerateChunk]:
         while outputs := await stream.next():
             self._note_outputs(outputs)
             if self._times.first_token_s:
@@ -219,7 +223,7 @@ class Generation:
 
     def _end_sample(self, index: int, stream: OutputStream) -> None:
         """A stop string ends its own sample only; the engine learns of it here."""
-        if self._samples[index].stopped_itself and not self._is_over:
+        if self._samples[index].stopped_itself() and not self._is_over:
             stream.cancel_sample(index)
 
     def _completed(self, chunk: pb.GenerateChunk) -> pb.GenerateChunk:

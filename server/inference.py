@@ -12,8 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import grpc
+import grpc.aio
 
 from ..engine.errors import DeadlineExpired, EngineDied, InvalidField, PilotlightError
 from ..engine.status import EngineState, EngineStatus
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 0.25
 """WatchStartup speaks at least this often: a phase without bytes shows that time passes."""
 
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Inference(pb_grpc.InferenceServicer):
@@ -41,7 +43,7 @@ class Inference(pb_grpc.InferenceServicer):
         self._services = services
         self._config = config
 
-    # ---- generation -----------------------------------------------------------------------------
+    # ---- generation --------------------------------------------------------------------------
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -92,7 +94,7 @@ class Inference(pb_grpc.InferenceServicer):
         ]
         return pb.AbortResponse(results=results)
 
-    # ---- text -------------------------------------------------------------------------------------
+    # ---- text --------------------------------------------------------------------------------
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _refusing(context):
@@ -121,7 +123,7 @@ class Inference(pb_grpc.InferenceServicer):
         skips = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return self._services.text.encoder().decode(list(request.token_ids), skips)
 
-    # ---- facts, in every state ----------------------------------------------------------------------
+    # ---- facts, in every state ---------------------------------------------------------------
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Context

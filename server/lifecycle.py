@@ -9,7 +9,7 @@ import logging
 import time
 
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 
 from ..engine.client import EngineClient
 from ..engine.errors import Draining, NotReady
@@ -55,7 +55,7 @@ class Lifecycle:
         return time.monotonic() - self._started_s
 
     @property
-    def state(self) -> "pb.ServerState":
+    def state(self) -> pb.ServerState:
         engine_state = self._engine.status.state
         is_over = engine_state in (EngineState.STOPPED, EngineState.FAILED)
         if self._is_draining and not is_over:
@@ -82,7 +82,9 @@ class Lifecycle:
         if status.state is not EngineState.READY or status.facts is None:
             wait_s = eta_s(status, self.elapsed_s)
             detail = status.reason or status.phase
-            message = f"the model is not ready: {self.state_name}" + (f" ({detail})" if detail else "")
+            message = f"the model is not ready: {self.state_name}" + (
+                f" ({detail})" if detail else ""
+            )
             raise NotReady(message, retry_after_s=1.0 if wait_s is None else max(0.1, wait_s))
         return status.facts
 
@@ -93,7 +95,7 @@ class Lifecycle:
     def close(self) -> None:
         self._is_closed = True
 
-    # ---- health -----------------------------------------------------------------------------------
+    # ---- health ------------------------------------------------------------------------------
 
     async def publish_liveness(self) -> None:
         await self.health.set(LIVENESS_SERVICE, SERVING)

@@ -56,7 +56,7 @@ MAX_METADATA_BYTES = 16 << 10
 
 
 def check_number(field: str, value: float, key: str = "") -> None:
-    """Raises InvalidField unless `value` is in the range of `field` (or of `key`, its general name)."""
+    """Raises InvalidField unless `value` is in the range of `field` (`key`: its general name)."""
     limit = LIMITS[key or field]
     if not math.isfinite(value):
         raise InvalidField(field, value, "must be a finite number", limit.text())

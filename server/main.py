@@ -107,7 +107,9 @@ class Server:
         try:
             self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
-            message = f"--port {config.port}: cannot bind {address}; is it in use? Choose another, or 0"
+            message = (
+                f"--port {config.port}: cannot bind {address}; is it in use? Choose another, or 0"
+            )
             raise PortInUse(message) from error
         self._add_services()
 
@@ -133,7 +135,7 @@ class Server:
     def ops_port(self) -> int:
         return self._ops.port
 
-    # ---- life -------------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """From here on both ports answer; the model comes when it comes."""

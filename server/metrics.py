@@ -100,7 +100,9 @@ class EngineCollector(Collector):
             alias.add_metric([self._model_name], value)
             yield alias
         yield GaugeMetricFamily(
-            "pilotlight_kv_blocks_cached", "Free blocks with a reusable prefix.", s.num_cached_blocks
+            "pilotlight_kv_blocks_cached",
+            "Free blocks with a reusable prefix.",
+            s.num_cached_blocks,
         )
 
     def _counts(self) -> Iterable[Metric]:
@@ -111,7 +113,11 @@ class EngineCollector(Collector):
             ("preemptions", "Sequences that lost their blocks.", s.num_preemptions),
             ("computed_tokens", "Tokens computed, recomputed ones too.", s.num_computed_tokens),
             ("engine_steps", "Steps of this engine process.", s.num_steps),
-            ("engine_restarts", "Engine processes started again.", self._engine.status.num_restarts),
+            (
+                "engine_restarts",
+                "Engine processes started again.",
+                self._engine.status.num_restarts,
+            ),
         ):
             yield CounterMetricFamily(f"pilotlight_{name}", text, value)
 

@@ -55,7 +55,8 @@ class OpsApp:
     def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"].rstrip("/")
         if path == "/metrics":
-            return self._metrics(environ, start)
+            pages: Iterable[bytes] = self._metrics(environ, start)
+            return pages
         status, body = self._answer(path)
         start(status, [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
         return [json.dumps(body).encode() + b"\n"]
@@ -81,7 +82,7 @@ def _ok(holds: bool) -> str:
 class _Handler(WSGIRequestHandler):
     timeout = 10
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         """Probes come every second: they are no news."""
 
 
@@ -92,7 +93,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
 

@@ -36,27 +36,27 @@ class Sample:
             return None
         chunk = pb.GenerateChunk(request_id=self._request_id, index=self.index)
         for output in outputs:
-            self._take(output, chunk)
-            if self.is_ended:
+            if self._take(output, chunk):
                 break
         chunk.num_output_tokens = self.num_tokens
         return chunk
 
-    @property
     def stopped_itself(self) -> bool:
         """A stop string was found here: the engine does not know yet."""
         return self._stops.matched is not None
 
-    def _take(self, output: Output, chunk: pb.GenerateChunk) -> None:
+    def _take(self, output: Output, chunk: pb.GenerateChunk) -> bool:
+        """True when this was the sample's last."""
         chunk.token_ids.extend(output.token_ids)
         self.num_tokens += len(output.token_ids)
         self._add_logprobs(output, chunk)
         chunk.text += self._stops.feed(self._text(output))
-        if self.stopped_itself:
+        if self.stopped_itself():
             self._end(chunk, FinishReason.STOP)
             chunk.stop_string = self._stops.matched or ""
         elif output.finish_reason is not FinishReason.NONE:
             self._finish(output, chunk)
+        return self.is_ended
 
     def _finish(self, output: Output, chunk: pb.GenerateChunk) -> None:
         self.error = output.error

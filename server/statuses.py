@@ -63,9 +63,7 @@ def _code_of(error: Exception, code: grpc.StatusCode) -> grpc.StatusCode:
 def _status(code: grpc.StatusCode, reason: str, message: str, error: Exception) -> Status:
     number = int(code.value[0])
     packed = [_packed(detail) for detail in _details(reason, error)]
-    status = rpc_status.to_status(
-        status_pb2.Status(code=number, message=message, details=packed)
-    )
+    status = rpc_status.to_status(status_pb2.Status(code=number, message=message, details=packed))
     return Status(code, message, tuple(status.trailing_metadata))
 
 

@@ -62,9 +62,7 @@ def sampling_params(
         top_k=_integer(s, "sampling.top_k", defaults.top_k),
         top_p=_number(s, "sampling.top_p", defaults.top_p),
         min_p=_number(s, "sampling.min_p", 0.0),
-        repetition_penalty=_number(
-            s, "sampling.repetition_penalty", defaults.repetition_penalty
-        ),
+        repetition_penalty=_number(s, "sampling.repetition_penalty", defaults.repetition_penalty),
         presence_penalty=_number(s, "sampling.presence_penalty", 0.0),
         frequency_penalty=_number(s, "sampling.frequency_penalty", 0.0),
         logit_bias=biases,
@@ -157,7 +155,9 @@ def _token_counts(stop: pb.StopOptions, context_len: int) -> tuple[int, int]:
         raise InvalidField("stop.max_tokens", max_tokens, limit)
     min_tokens = _integer(stop, "stop.min_tokens", 0)
     if min_tokens > max_tokens:
-        raise InvalidField("stop.min_tokens", min_tokens, f"must be at most max_tokens, {max_tokens}")
+        raise InvalidField(
+            "stop.min_tokens", min_tokens, f"must be at most max_tokens, {max_tokens}"
+        )
     return max_tokens, min_tokens
 
 

@@ -92,7 +92,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors index ({error!r})") from error
     for name, file in items.items():
         if not isinstance(file, str) or Path(file).name != file:
@@ -140,9 +140,10 @@ def _span(path: Path, data_start: int, name: str, entry: Any) -> TensorSpan:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {name} is malformed") from error
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
-    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
+    sizes = (*shape, start, end) if isinstance(shape, list) else (None,)
+    if not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
         raise CheckpointError(f"{path}: {name} has a shape or offset that is no size")
     if math.prod(shape) * ITEM_BYTES[dtype] != end - start:
         raise CheckpointError(

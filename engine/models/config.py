@@ -88,9 +88,11 @@ class ConfigReader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.content.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) is int:
+            value = float(value)
+        if type(value) is not float or not 0 < value < float("inf"):
             raise CheckpointError(f"config.json: {key} is {value!r}; a positive number is needed")
-        return float(value)
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.content.get(key)

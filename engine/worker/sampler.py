@@ -41,7 +41,7 @@ class Sampler:
         logprobs = self._logprobs(raw, wants_logprobs, slots, ids)
         return StepResult(ids, logprobs)
 
-    # ---- logits that one request changes ----------------------------------------------------
+    # ---- logits that one request changes -----------------------------------------------------
 
     def _adjust(self, row: Tensor, slot: int, length: int) -> None:
         sampling, device = self._tables.sampling[slot], row.device
@@ -60,7 +60,7 @@ class Sampler:
         if length - num_prompt < sampling.min_tokens:
             row[list(self._tables.stop_ids[slot])] = -torch.inf
 
-    # ---- the draw -----------------------------------------------------------------------------
+    # ---- the draw ----------------------------------------------------------------------------
 
     def _draw(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Tensor:
         tables = self._tables
@@ -113,7 +113,7 @@ class Sampler:
             )
         return token_ids
 
-    # ---- log probabilities --------------------------------------------------------------------
+    # ---- log probabilities -------------------------------------------------------------------
 
     def _logprobs(
         self, raw: Tensor, rows: np.ndarray, slots: np.ndarray, token_ids: list[int]
@@ -138,7 +138,8 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .case import Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, num_bytes
 from .rms_norm import rms_norm
 
 
@@ -21,9 +21,7 @@ def add_rms_norm(
     return rms_norm(residual, weight, eps)
 
 
-def cost(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> Cost:
+def cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
     return Cost(4 * num_bytes(x) + num_bytes(weight), 5 * x.numel())
 
 
@@ -37,7 +35,7 @@ def cases() -> Iterator[Case]:
     yield Case("strided-rows", _strided)
 
 
-def _plain(num_rows: int, size: int):
+def _plain(num_rows: int, size: int) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
         x, residual = inputs.normal(num_rows, size), inputs.normal(num_rows, size)
         return x, residual, inputs.normal(size), 1e-6

@@ -43,18 +43,19 @@ class Inputs:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
+Builder = Callable[[Inputs], tuple[object, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """`name` says what is nasty about it; `build` makes the arguments of the operation."""
 
     name: str
-    build: Callable[[Inputs], tuple[object, ...]]
+    build: Builder
     is_timed: bool = False
     """The shape of a real model: worth timing as well as checking."""
 
-    def make(
-        self, device: torch.device, dtype: torch.dtype, seed: int = 0
-    ) -> tuple[object, ...]:
+    def make(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[object, ...]:
         return self.build(Inputs(device, dtype, seed))
 
 

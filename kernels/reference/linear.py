@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from .case import Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, num_bytes
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `x @ weight.T + bias`, [T, N], in the dtype of `x`; sums are fp32.
 
     x: [T, K]; weight: [N, K], row-major; bias: [N] or None; all of one dtype.
@@ -45,7 +43,7 @@ def cases() -> Iterator[Case]:
     yield Case("strided-rows", _strided)
 
 
-def _plain(num_rows: int, num_outputs: int, num_inputs: int, has_bias: bool):
+def _plain(num_rows: int, num_outputs: int, num_inputs: int, has_bias: bool) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
         weight = inputs.normal(num_outputs, num_inputs, scale=num_inputs**-0.5)
         bias = inputs.normal(num_outputs) if has_bias else None

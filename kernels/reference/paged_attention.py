@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -151,7 +152,7 @@ class _Batch:
         return heads[:, : self.num_heads]
 
 
-_QWEN2 = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
+_QWEN2: dict[str, Any] = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
 
 
 def cases() -> Iterator[Case]:

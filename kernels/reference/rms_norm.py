@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .case import Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, num_bytes
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -37,7 +37,7 @@ def cases() -> Iterator[Case]:
     yield Case("heads-of-a-strided-view", _heads)
 
 
-def _plain(num_rows: int, size: int):
+def _plain(num_rows: int, size: int) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
         return inputs.normal(num_rows, size), inputs.normal(size), 1e-6
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .case import Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, num_bytes
 
 
 def rope_store_kv(
@@ -95,7 +95,7 @@ def _rest(
 
 def _qkv_view(
     num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, num_padded: int = 0
-):
+) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
         heads = inputs.normal(num_rows, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)

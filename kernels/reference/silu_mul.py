@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from .case import Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, num_bytes
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def cases() -> Iterator[Case]:
     yield Case("strided-rows", lambda inputs: (inputs.normal(4, 200)[:, 8:168],))
 
 
-def _plain(num_rows: int, size: int):
+def _plain(num_rows: int, size: int) -> Builder:
     return lambda inputs: (inputs.normal(num_rows, 2 * size, scale=3.0),)
 
 

@@ -41,7 +41,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except Exception as error:  # noqa: BLE001 - a template can raise anything
+        except Exception as error:
             limit = f"the model's chat template refuses them: {error}"
             raise InvalidField("chat.messages", f"{len(messages)} messages", limit) from error
 

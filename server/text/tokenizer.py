@@ -44,5 +44,5 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         return Tokenizer(HfTokenizer.from_file(str(path)))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as error:
         raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error

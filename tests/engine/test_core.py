@@ -1,12 +1,12 @@
 """The loop body with runners that work, fail once, and fail for good."""
 
 import pytest
-
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.errors import EngineError
 from pilotlight.engine.messages import FinishReason, Submit
 from pilotlight.engine.sampling_params import SamplingParams
 from pilotlight.engine.scheduler import Scheduler
+from pilotlight.engine.step import Step, StepResult
 from pilotlight.tests.fake_runner import KvCheckingRunner, tokens_alone
 
 
@@ -17,7 +17,7 @@ class FailingRunner(KvCheckingRunner):
         super().__init__(16, 4)
         self._failing_steps = failing_steps
 
-    def run(self, step):
+    def run(self, step: Step) -> StepResult:
         result = super().run(step)
         if step.index in self._failing_steps:
             raise RuntimeError("device fell over")

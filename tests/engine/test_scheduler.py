@@ -7,11 +7,11 @@ from collections import defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pilotlight.engine.errors import ConfigError, DuplicateRequest, InvalidField
 from pilotlight.engine.messages import FinishReason, Output, Submit
 from pilotlight.engine.sampling_params import SamplingParams
 from pilotlight.engine.scheduler import Scheduler
+from pilotlight.engine.sequence import Sequence
 from pilotlight.engine.step import Step, StepResult
 from pilotlight.tests.fake_runner import KvCheckingRunner, tokens_alone
 
@@ -145,7 +145,7 @@ def test_a_wholly_cached_prompt_still_computes_its_last_token() -> None:
     for request_id in ("a", "b"):
         bench.add(request_id, list(range(8)))
         bench.run()
-    step_rows = [o for o in bench.outputs if o.request_id == "b"][0]
+    step_rows = next(o for o in bench.outputs if o.request_id == "b")
     assert step_rows.num_cached_tokens == 4, "the block of the last token is computed again"
     assert bench.tokens["a", 0] == bench.tokens["b", 0]
 
@@ -225,7 +225,7 @@ def test_abort_frees_blocks_within_two_steps_in_every_state(state: str) -> None:
     assert bench.scheduler.statistics().num_used_blocks == 0
 
 
-def _sequence(bench: Bench, request_id: str):
+def _sequence(bench: Bench, request_id: str) -> Sequence:
     return bench.scheduler._requests[request_id][0]
 
 

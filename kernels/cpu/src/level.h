@@ -51,11 +51,11 @@ struct AttentionArgs {
   const void* q;         // [num_rows, num_heads, head_dim], heads contiguous
   void* out;             // [num_rows, num_heads * head_dim], contiguous
   PagedCache cache;
-  const i32* block_tables;  // [num_sequences, table_stride]
+  const i32* block_tables;  // [num_sequences, num_table_blocks]
   const i32* query_start;
   const i32* context_lens;
   i64 num_rows, num_heads, q_stride;
-  i64 num_sequences, table_stride;
+  i64 num_sequences, num_table_blocks, table_stride;
   i64 sliding_window;
   float scale;
 };

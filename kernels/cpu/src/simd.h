@@ -86,17 +86,25 @@ inline void store(bf16* to, vf v, Extent extent) { store_raw(to, narrow(v), exte
 inline vf rounded_to(vf v, const float*) { return v; }
 inline vf rounded_to(vf v, const bf16*) { return widen(narrow(v)); }
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 // NaN in `a` is lost, in `b` kept: keep the running maximum in `a`.
 inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
 
+// One vector of lanes from two, by lane number; GCC 11 has only the second spelling.
+template <int... Lane>
+inline vu shuffle(vu low, vu high) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(low, high, Lane...);
+#else
+  return __builtin_shuffle(low, high, vi{Lane...});
+#endif
+}
+
 template <int Distance, int... Lane>
 inline void swap_halves(vu& low, vu& high, std::integer_sequence<int, Lane...>) {
-  const vu first = __builtin_shufflevector(
-      low, high, ((Lane & Distance) ? kLanes + Lane - Distance : Lane)...);
-  high = __builtin_shufflevector(
-      low, high, ((Lane & Distance) ? kLanes + Lane : Lane + Distance)...);
+  const vu first = shuffle<((Lane & Distance) ? kLanes + Lane - Distance : Lane)...>(low, high);
+  high = shuffle<((Lane & Distance) ? kLanes + Lane : Lane + Distance)...>(low, high);
   low = first;
 }
 

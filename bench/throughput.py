@@ -1,0 +1,113 @@
+"""`pilotlight bench throughput`: the engine alone, here. Token ids in, one JSON line out.
+
+All sequences arrive at once; each has its own random prompt and ends after exactly `output_len`
+tokens. One uncounted run before the measured ones brings kernels and memory to their state of use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+
+from ..engine.boot import boot
+from ..engine.config import EngineConfig
+from ..engine.core import EngineCore
+from ..engine.messages import FinishReason, Submit
+from ..engine.sampling_params import SamplingParams
+from ..server.config import DEMO_MODEL, size_bytes
+
+EPILOG = """\
+examples:
+  pilotlight bench throughput MODEL --num-seqs 32 --input-len 128 --output-len 64 --dtype bfloat16
+  pilotlight bench throughput MODEL --num-seqs 1 --input-len 512 --output-len 1
+"""
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    core, vocab_size, kernels = booted(arguments)
+    runs = [run(core, vocab_size, arguments, seed) for seed in range(arguments.repeat + 1)][1:]
+    elapsed_s = statistics.median(runs)
+    num_output = arguments.num_seqs * arguments.output_len
+    num_total = num_output + arguments.num_seqs * arguments.input_len
+    print(
+        json.dumps(
+            {
+                "output_tokens_per_s": round(num_output / elapsed_s, 2),
+                "total_tokens_per_s": round(num_total / elapsed_s, 2),
+                "elapsed_s": round(elapsed_s, 4),
+                "all_elapsed_s": [round(s, 4) for s in runs],
+                "num_seqs": arguments.num_seqs,
+                "input_len": arguments.input_len,
+                "output_len": arguments.output_len,
+                "kernels": kernels,
+            }
+        )
+    )
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="pilotlight bench throughput",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = top.add_argument
+    add("model", nargs="?", default=str(DEMO_MODEL), help="checkpoint folder (default: the demo)")
+    add("--num-seqs", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    add("--input-len", type=int, default=128, metavar="TOKENS", help="(default: %(default)s)")
+    add("--output-len", type=int, default=64, metavar="TOKENS", help="(default: %(default)s)")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    add("--dtype", default="auto", choices=dtypes, help="(default: %(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--max-batched-tokens", type=int, default=2048, metavar="TOKENS")
+    add("--kv-cache-bytes", default="0", metavar="BYTES", help="as 512MiB; 0: from what is free")
+    add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
+    add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
+    return top
+
+
+def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, str]]:
+    config = EngineConfig(
+        model=arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_model_len=arguments.input_len + arguments.output_len,
+        max_num_seqs=arguments.num_seqs,
+        max_batched_tokens=max(arguments.max_batched_tokens, arguments.num_seqs),
+        kv_cache_bytes=size_bytes("--kv-cache-bytes", arguments.kv_cache_bytes),
+        num_threads=arguments.num_threads,
+        prefix_cache=False,
+    )
+    core, facts = boot(config, _say_phase, lambda: None)
+    return core, facts.vocab_size, facts.kernels
+
+
+def _say_phase(phase: str, bytes_done: int, bytes_total: int, detail: str) -> None:
+    if bytes_done == 0:
+        print(f"pilotlight: {phase} {detail}", file=sys.stderr)
+
+
+def run(core: EngineCore, vocab_size: int, arguments: argparse.Namespace, seed: int) -> float:
+    """Seconds from submission to the last token. Every sequence must end by length."""
+    source = random.Random(seed)
+    sampling = SamplingParams(max_tokens=arguments.output_len, temperature=0.0, ignore_eos=True)
+    for i in range(arguments.num_seqs):
+        prompt = [source.randrange(vocab_size) for _ in range(arguments.input_len)]
+        core.submit(Submit(f"{seed}-{i}", prompt, sampling))
+    num_ended = 0
+    began_s = time.perf_counter()
+    while core.has_work:
+        record = core.step()
+        for output in record.outputs if record else ():
+            num_ended += output.finish_reason is FinishReason.LENGTH
+    elapsed_s = time.perf_counter() - began_s
+    if num_ended != arguments.num_seqs:
+        raise SystemExit(f"only {num_ended} of {arguments.num_seqs} sequences ended by length")
+    return elapsed_s

@@ -1,0 +1,108 @@
+"""`make demo`: a server with the built-in model, from boot to drain, seen by a real client.
+
+Knows the command line of the server and its wire contract, as any user would.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ..client.generate import stream_text, summary
+from ..engine.status import PhaseSpan
+from ..proto import inference_pb2 as pb
+from ..proto import inference_pb2_grpc as pb_grpc
+from ..server.timeline import timeline_lines
+
+PROMPT = 'def read_lines(path):\n    """'
+MAX_TOKENS = 96
+BOOT_TIMEOUT_S = 120.0
+DRAIN_TIMEOUT_S = 30.0
+
+
+def main() -> int:
+    print("pilotlight: starting a server with the built-in model", flush=True)
+    with served() as (process, ports):
+        target = ports["target"]
+        print(f"pilotlight: ports open after {ports['ports_open_s']:.2f} s, gRPC on {target}")
+        with grpc.insecure_channel(target) as channel:
+            wait_ready(channel)
+            show_boot(ports["ops"])
+            complete(channel)
+        return drained(process)
+
+
+@contextmanager
+def served() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A server process on free ports of loopback, and its first log record."""
+    command = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process, first_record(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def first_record(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The log line that tells where the ports are."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        record: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
+        if "target" in record:
+            return record
+        print(line, end="", file=sys.stderr)
+    raise SystemExit(f"pilotlight: the server ended with code {process.wait()}")
+
+
+def wait_ready(channel: grpc.Channel) -> None:
+    """Follows grpc.health.v1 Watch until `readiness` is SERVING."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service="readiness")
+    for response in stub.Watch(request, timeout=BOOT_TIMEOUT_S):
+        name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        print(f"pilotlight: readiness is {name}", flush=True)
+        if response.status == health_pb2.HealthCheckResponse.SERVING:
+            return
+
+
+def show_boot(ops: str) -> None:
+    with urllib.request.urlopen(f"{ops}/startup", timeout=5) as response:
+        boot = json.load(response)
+    phases = tuple(PhaseSpan(p["name"], p["started_s"], p["s"]) for p in boot["phases"])
+    print("\n".join(timeline_lines(phases)), flush=True)
+
+
+def complete(channel: grpc.Channel) -> None:
+    request = pb.GenerateRequest(text=PROMPT)
+    request.sampling.temperature = 0.0
+    request.stop.max_tokens = MAX_TOKENS
+    request.stop.strings.append("\n\n\n")
+    print(f"\n{PROMPT}", end="", flush=True)
+    result = stream_text(pb_grpc.InferenceStub(channel).Generate(request, timeout=60), sys.stdout)
+    print(f"\npilotlight: {summary(result)}", flush=True)
+
+
+def drained(process: subprocess.Popen[str]) -> int:
+    """SIGTERM, and the exit code of the drain."""
+    began_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        _, _ = process.communicate(timeout=DRAIN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        print("pilotlight: the server did not drain", file=sys.stderr)
+        return 1
+    elapsed_s = time.monotonic() - began_s
+    print(f"pilotlight: drained in {elapsed_s:.2f} s, exit code {process.returncode}")
+    return process.returncode

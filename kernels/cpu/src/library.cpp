@@ -1,0 +1,142 @@
+// The C interface of the shared library: which level runs, on which threads, and one entry point
+// per operation. Knows no tensors: it gets pointers, and checks every index before it is followed.
+
+#include <atomic>
+#include <cstring>
+
+#include "level.h"
+#include "parallel.h"
+
+#define PILOTLIGHT_API extern "C" __attribute__((visibility("default")))
+
+using namespace pilotlight;
+
+namespace {
+
+// Raised with every change to a function below or to an argument structure.
+constexpr int kAbiVersion = 1;
+
+enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
+
+struct NamedLevel {
+  const char* name;
+  bool (*runs_here)();
+  const Level* level;
+};
+
+// Best first; the last runs everywhere. __builtin_cpu_supports asks the operating system as well.
+const NamedLevel kLevels[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16",
+     [] {
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     &avx512_bf16::level},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     &avx512::level},
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     &avx2::level},
+#endif
+    {"generic", [] { return true; }, &generic::level},
+};
+
+const NamedLevel* best() {
+  const NamedLevel* named = kLevels;
+  while (!named->runs_here()) ++named;
+  return named;
+}
+
+std::atomic<const NamedLevel*>& chosen() {
+  static std::atomic<const NamedLevel*> level{best()};
+  return level;
+}
+
+const Level& level() { return *chosen().load(std::memory_order_relaxed)->level; }
+
+int status(bool is_done) { return is_done ? kDone : kNoMemory; }
+
+bool is_within(i64 index, i64 begin, i64 end) { return index >= begin && index < end; }
+
+bool has_good_indices(const RopeStoreArgs& a) {
+  const i64 num_slots = a.cache.num_blocks * a.cache.block_size;
+  for (i64 row = 0; row < a.num_rows; ++row) {
+    if (!is_within(a.positions[row], 0, a.num_positions)) return false;
+    if (!is_within(a.slots[row], -1, num_slots)) return false;
+  }
+  return true;
+}
+
+// Blocks that have left every query's window may be anything: their memory is used again.
+bool has_good_blocks(const AttentionArgs& a, i64 r, i64 num_queries) {
+  const i64 end = a.context_lens[r], size = a.cache.block_size;
+  const i64 first = a.sliding_window > 0 ? end - num_queries - a.sliding_window + 1 : 0;
+  if (end > a.num_table_blocks * size) return false;
+  for (i64 i = first > 0 ? first / size : 0; i * size < end; ++i) {
+    if (!is_within(a.block_tables[r * a.table_stride + i], 0, a.cache.num_blocks)) return false;
+  }
+  return true;
+}
+
+bool has_good_indices(const AttentionArgs& a) {
+  for (i64 r = 0; r < a.num_sequences; ++r) {
+    const i64 num_queries = i64{a.query_start[r + 1]} - a.query_start[r];
+    if (!is_within(num_queries, 0, i64{a.context_lens[r]} + 1)) return false;
+    if (num_queries > 0 && !has_good_blocks(a, r, num_queries)) return false;
+  }
+  return a.query_start[0] == 0 && a.query_start[a.num_sequences] <= a.num_rows;
+}
+
+}  // namespace
+
+PILOTLIGHT_API int pilotlight_abi_version() { return kAbiVersion; }
+
+// The levels this machine can run, best first; null past the last.
+PILOTLIGHT_API const char* pilotlight_level_name(int index) {
+  for (const NamedLevel& named : kLevels) {
+    if (named.runs_here() && index-- == 0) return named.name;
+  }
+  return nullptr;
+}
+
+PILOTLIGHT_API const char* pilotlight_level() { return chosen().load()->name; }
+
+PILOTLIGHT_API bool pilotlight_use_level(const char* name) {
+  for (const NamedLevel& named : kLevels) {
+    if (std::strcmp(named.name, name) != 0 || !named.runs_here()) continue;
+    chosen().store(&named);
+    return true;
+  }
+  return false;
+}
+
+PILOTLIGHT_API void pilotlight_set_num_threads(int num_threads) { set_num_threads(num_threads); }
+
+PILOTLIGHT_API void pilotlight_use_openmp(OpenMpParallel parallel) { use_openmp(parallel); }
+
+PILOTLIGHT_API int pilotlight_rms_norm(DType dtype, const RmsNormArgs* a) {
+  return status(level().rms_norm(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_silu_mul(DType dtype, const SiluMulArgs* a) {
+  return status(level().silu_mul(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_rope_store_kv(DType dtype, const RopeStoreArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().rope_store_kv(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().paged_attention(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_linear(DType dtype, const LinearArgs* a) {
+  return status(level().linear(dtype, *a));
+}

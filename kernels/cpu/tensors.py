@@ -1,0 +1,40 @@
+"""What the native operations ask of their tensors. Knows no operation.
+
+Whatever an operation does not accept goes to the next implementation, in the end to the reference,
+which also says what is wrong with arguments that are no good at all. These checks run on every
+call, so they read as few attributes as they can: each costs some fifty nanoseconds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import native
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+"""As `DType` in src/level.h."""
+
+
+def supported(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in DTYPE_CODES and native.library() is not None
+
+
+def has_rows(x: torch.Tensor) -> bool:
+    """[rows, size], each row contiguous."""
+    return x.ndim == 2 and x.stride()[1] == 1 and x.dtype in DTYPE_CODES
+
+
+def has_heads(x: torch.Tensor) -> bool:
+    """[rows, heads, size], each row contiguous."""
+    return x.ndim == 3 and x.stride()[1:] == (x.shape[2], 1) and x.dtype in DTYPE_CODES
+
+
+def is_vector(x: torch.Tensor, size: int, dtype: torch.dtype) -> bool:
+    return x.shape == (size,) and x.is_contiguous() and x.dtype is dtype
+
+
+def is_cache(cache: torch.Tensor, head_dim: int, dtype: torch.dtype) -> bool:
+    """[blocks, block_size, heads, head_dim], each block contiguous."""
+    _, _, num_heads, size = cache.shape
+    inner = (num_heads * size, size, 1)
+    return size == head_dim and cache.stride()[1:] == inner and cache.dtype is dtype
