@@ -49,6 +49,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_lag: float = 0.0
     on_engine_failure: str = "restart"
     max_restarts: int = 5
+    restart_backoff: float = 0.5
     heartbeat_timeout: float = 3.0
     stall_kill: float = 10.0
     log_level: str = "info"
@@ -72,6 +73,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return SupervisionPolicy(
             restarts=self.on_engine_failure == "restart",
             max_restarts=self.max_restarts,
+            restart_backoff_s=self.restart_backoff,
             heartbeat_timeout_s=self.heartbeat_timeout,
             stall_kill_s=self.stall_kill,
         )
@@ -199,6 +201,13 @@ OPTIONS = (
         "life",
         "restart the engine process, or exit so that an orchestrator does",
         choices=("restart", "exit"),
+    ),
+    Option(
+        "restart_backoff",
+        "life",
+        "seconds before the first restart; doubled at each one in a row",
+        "SECONDS",
+        high=3600,
     ),
     Option("max_restarts", "life", "restarts in a row before the server gives up", "N", high=1000),
     Option(

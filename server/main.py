@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..engine.client import EngineClient
 from ..engine.errors import PilotlightError, PortInUse, SetupError
-from ..engine.launch import launch_process
+from ..engine.launch import Launch, launch_process
 from ..engine.logs import log_json_lines
 from ..engine.status import EngineState
 from ..proto import inference_pb2_grpc as pb_grpc
@@ -69,11 +69,13 @@ GRPC_OPTIONS = (
 class Server:
     """One data port, one ops port, one engine."""
 
-    def __init__(self, config: ServeConfig, started_s: float) -> None:
+    def __init__(self, config: ServeConfig, started_s: float, launch: Launch | None = None) -> None:
         self._config = config
-        launch = partial(launch_process, config.log_level)
         self.engine = EngineClient(
-            config.engine(), config.policy(), launch=launch, started_s=started_s
+            config.engine(),
+            config.policy(),
+            launch=launch or partial(launch_process, config.log_level),
+            started_s=started_s,
         )
         self.lifecycle = Lifecycle(self.engine, started_s)
         self._metrics = Metrics()
@@ -85,7 +87,7 @@ class Server:
             self._metrics.refuse,
         )
         self.requests = RequestTable(num_threads=max(1, min(4, os.cpu_count() or 1)))
-        self._text = ModelText()
+        self.text = ModelText()
         self._loop_pulse = LoopPulse()
         self.engine.listen_steps(pace.hear)
         self.engine.listen_steps(self._metrics.hear)
@@ -121,7 +123,7 @@ class Server:
             self._admission,
             self.requests,
             self._metrics,
-            self._text,
+            self.text,
         )
         inference = Inference(services, self._config)
         pb_grpc.add_InferenceServicer_to_server(inference, self._grpc)
@@ -163,10 +165,10 @@ class Server:
 
     async def _load_text(self) -> None:
         folder = Path(self._config.model)
-        self._text.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-        self._text.chat_template = await asyncio.to_thread(load_chat_template, folder)
-        self._text.defaults = load_sampling_defaults(folder)
-        self._text.is_loaded = True
+        self.text.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        self.text.chat_template = await asyncio.to_thread(load_chat_template, folder)
+        self.text.defaults = load_sampling_defaults(folder)
+        self.text.is_loaded = True
 
     async def drain(self) -> None:
         """Readiness off, door shut, running streams finish or the time is over."""

@@ -133,12 +133,15 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
 
 
 @needs_native
-def test_results_do_not_depend_on_threads_or_neighbours() -> None:
+@pytest.mark.parametrize("is_own_pool", (False, True))
+def test_results_do_not_depend_on_threads(is_own_pool: bool) -> None:
     linear = table.Implementation("linear", "cpu").function()
     x, weight, _ = cases_of("linear")["qwen2-0.5b-o-32-rows"].make(CPU, torch.bfloat16)
     outcomes = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
+        if is_own_pool and (library := native.library()):
+            library.pilotlight_use_openmp(None)
         outcomes.append(linear(x, weight, None))
     native.set_num_threads(2)
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
@@ -149,6 +152,7 @@ def test_indices_outside_their_tables_are_an_error() -> None:
     op = table.Implementation("rope_store_kv", "cpu")
     case = cases_of(op.op)["no-gqa"]
     *arguments, slots = case.make(CPU, torch.float32)
+    assert isinstance(slots, torch.Tensor)
     slots[2] = 10**6
     with pytest.raises(IndexError, match="slot"):
         op.function()(*arguments, slots)
@@ -158,10 +162,11 @@ def test_indices_outside_their_tables_are_an_error() -> None:
 def test_blocks_outside_the_cache_are_an_error() -> None:
     op = table.Implementation("paged_attention", "cpu")
     case = cases_of(op.op)["one-token"]
-    arguments = case.make(CPU, torch.float32)
-    arguments[3][0, 0] = 99
+    q, keys, values, tables, *lists = case.make(CPU, torch.float32)
+    assert isinstance(tables, torch.Tensor)
+    tables[0, 0] = 99
     with pytest.raises(IndexError, match="block"):
-        op.function()(*arguments)
+        op.function()(q, keys, values, tables, *lists)
 
 
 @needs_native
