@@ -198,6 +198,7 @@ def _add_bench(commands: Any) -> None:
     for name, text in (
         ("throughput", "the engine alone: token ids in, tokens per second out"),
         ("serving", "a server under load: latencies, errors, goodput"),
+        ("startup", "process start to open ports, readiness, first token"),
         ("kernels", "each operation against its reference"),
     ):
         kind = kinds.add_parser(name, help=text, add_help=False)

@@ -63,9 +63,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of weights, rows and cache"
     )
-    parser.add_argument(
-        "--level", metavar="NAME", help=f"instruction set, one of: {', '.join(native.levels())}"
-    )
+    levels = native.levels()
+    known = f"here: {', '.join(levels)}" if levels else f"none: {native.missing_reason()}"
+    parser.add_argument("--level", choices=levels, help=f"instruction set; {known}")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="default: as many as PyTorch chooses"
     )
@@ -107,14 +107,14 @@ def _call(
 
 
 def _median_seconds(calls: list[Callable[[], None]], is_cold: bool) -> list[float]:
-    sweep = torch.zeros(CACHE_BYTES if is_cold else 0, dtype=torch.uint8)
+    sweep = torch.ones(CACHE_BYTES // 4 if is_cold else 0)
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for num_done in range(MAX_ROUNDS):
         if num_done >= MIN_ROUNDS and time.perf_counter() - start > MIN_SECONDS * len(calls):
             break
         for call, seconds in zip(calls, times, strict=True):
-            sweep.add_(1)
+            sweep.sum()
             begin = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - begin)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,23 +30,30 @@ BOOT_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 30.0
 
 
+Say = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    print(f"pilotlight: {line}", flush=True)
+
+
 def main() -> int:
-    print("pilotlight: starting a server with the built-in model", flush=True)
+    say("starting a server with the built-in model")
     with served() as (process, ports):
         target = ports["target"]
-        print(f"pilotlight: ports open after {ports['ports_open_s']:.2f} s, gRPC on {target}")
+        say(f"ports open after {ports['ports_open_s']:.2f} s, gRPC on {target}")
         with grpc.insecure_channel(target) as channel:
-            wait_ready(channel)
+            wait_ready(channel, say)
             show_boot(ports["ops"])
             complete(channel)
-        return drained(process)
+        return drained(process, say)
 
 
 @contextmanager
-def served() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """A server process on free ports of loopback, and its first log record."""
     command = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen((*command, *arguments), stderr=subprocess.PIPE, text=True)
     try:
         yield process, first_record(process)
     finally:
@@ -66,13 +73,13 @@ def first_record(process: subprocess.Popen[str]) -> dict[str, Any]:
     raise SystemExit(f"pilotlight: the server ended with code {process.wait()}")
 
 
-def wait_ready(channel: grpc.Channel) -> None:
+def wait_ready(channel: grpc.Channel, say: Say) -> None:
     """Follows grpc.health.v1 Watch until `readiness` is SERVING."""
     stub = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest(service="readiness")
     for response in stub.Watch(request, timeout=BOOT_TIMEOUT_S):
         name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-        print(f"pilotlight: readiness is {name}", flush=True)
+        say(f"readiness is {name}")
         if response.status == health_pb2.HealthCheckResponse.SERVING:
             return
 
@@ -91,18 +98,18 @@ def complete(channel: grpc.Channel) -> None:
     request.stop.strings.append("\n\n\n")
     print(f"\n{PROMPT}", end="", flush=True)
     result = stream_text(pb_grpc.InferenceStub(channel).Generate(request, timeout=60), sys.stdout)
-    print(f"\npilotlight: {summary(result)}", flush=True)
+    say(summary(result))
 
 
-def drained(process: subprocess.Popen[str]) -> int:
+def drained(process: subprocess.Popen[str], say: Say) -> int:
     """SIGTERM, and the exit code of the drain."""
     began_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
     try:
         _, _ = process.communicate(timeout=DRAIN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        print("pilotlight: the server did not drain", file=sys.stderr)
+        say("the server did not drain")
         return 1
     elapsed_s = time.monotonic() - began_s
-    print(f"pilotlight: drained in {elapsed_s:.2f} s, exit code {process.returncode}")
+    say(f"drained in {elapsed_s:.2f} s, exit code {process.returncode}")
     return process.returncode

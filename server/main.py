@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -105,14 +106,12 @@ class Server:
         )
         self._ops = OpsServer(config.ops_host or config.host, config.ops_port, app)
         self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
+        check_bindable(config.host, config.port)
         address = f"{config.host}:{config.port}"
         try:
             self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
-            message = (
-                f"--port {config.port}: cannot bind {address}; is it in use? Choose another, or 0"
-            )
-            raise PortInUse(message) from error
+            raise PortInUse(f"--port {config.port}: cannot bind {address}") from error
         self._add_services()
 
     def _add_services(self) -> None:
@@ -193,6 +192,18 @@ class Server:
         await self._grpc.stop(grace=0.2)
         self._ops.stop()
         self.requests.close()
+
+
+def check_bindable(host: str, port: int) -> None:
+    """Raises PortInUse. gRPC would find out as well, but only after it has logged its own error."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        way_out = "choose another, or 0 for a free one"
+        raise PortInUse(f"--port {port}: cannot bind {host}: {error}; {way_out}") from error
 
 
 def load_sampling_defaults(folder: Path) -> SamplingDefaults:

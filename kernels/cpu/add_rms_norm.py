@@ -21,8 +21,8 @@ def accepts(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    num_rows, size = shape = x.shape
-    out = x.new_empty(shape)
+    num_rows, size = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     pointers = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr()
     sizes = num_rows, 1, size, x.stride()[0], 0, residual.stride()[0]
     native.call("rms_norm", DTYPE_CODES[x.dtype], ARGUMENTS.pack(*pointers, *sizes, eps))

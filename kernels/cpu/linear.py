@@ -6,15 +6,19 @@ import struct
 
 import torch
 
-from . import native
-from .tensors import DTYPE_CODES, has_rows, is_vector, supported
-
-__all__ = ["accepts", "linear", "supported"]
+from . import native, tensors
+from .tensors import DTYPE_CODES, has_rows, is_vector
 
 _ARGUMENTS = struct.Struct("PPPPqqqq")
 """LinearArgs in src/level.h."""
 
 MOST_ROWS = 64
+"""For more rows it pays to repack the weights, as torch's libraries do."""
+
+
+def supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """At the generic level torch's own instruction sets are the better choice."""
+    return tensors.supported(device, dtype) and native.level() != "generic"
 
 
 def accepts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -28,7 +32,7 @@ def accepts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
-    out = x.new_empty((num_rows, num_outputs))
+    out = x.new_empty(num_rows, num_outputs)
     added = 0 if bias is None else bias.data_ptr()
     pointers = x.data_ptr(), weight.data_ptr(), added, out.data_ptr()
     sizes = num_rows, num_inputs, num_outputs, x.stride()[0]

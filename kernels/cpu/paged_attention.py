@@ -52,7 +52,7 @@ def paged_attention(
     sliding_window: int,
 ) -> torch.Tensor:
     num_rows, num_heads, dim = q.shape
-    out = q.new_empty((num_rows, num_heads * dim))
+    out = q.new_empty(num_rows, num_heads * dim)
     caches = k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.shape
     strides = k_cache.stride()[0], v_cache.stride()[0]
     lists = block_tables.data_ptr(), query_start.data_ptr(), context_lens.data_ptr()

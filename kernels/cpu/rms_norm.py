@@ -22,7 +22,7 @@ def accepts(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     shape, strides = x.shape, x.stride()
-    out = x.new_empty(shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_inner, inner_stride = (1, 0) if len(shape) == 2 else (shape[1], strides[1])
     pointers = x.data_ptr(), 0, weight.data_ptr(), out.data_ptr()
     sizes = shape[0], num_inner, shape[-1], strides[0], inner_stride, 0

@@ -22,7 +22,7 @@ def accepts(gate_up: torch.Tensor) -> bool:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     num_rows, width = gate_up.shape
     size = width // 2
-    out = gate_up.new_empty((num_rows, size))
+    out = gate_up.new_empty(num_rows, size)
     sizes = num_rows, size, gate_up.stride()[0]
     arguments = _ARGUMENTS.pack(gate_up.data_ptr(), out.data_ptr(), *sizes)
     native.call("silu_mul", DTYPE_CODES[gate_up.dtype], arguments)

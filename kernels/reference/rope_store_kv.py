@@ -98,7 +98,7 @@ def _qkv_view(
 ) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
         heads = inputs.normal(num_rows, num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
         return q, k, v, *_rest(inputs, num_rows, num_kv_heads, head_dim, num_padded)
 
     return build

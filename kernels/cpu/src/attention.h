@@ -19,7 +19,9 @@ struct Item {
   i64 num_parts;              // on the first of its parts how many there are, otherwise 0
 };
 
-inline i64 round_up(i64 value, i64 multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline i64 round_up(i64 value, i64 multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 struct Geometry {
   i64 group, head_dim, padded_dim;

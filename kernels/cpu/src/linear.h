@@ -26,6 +26,7 @@ struct DotBlock {
   static constexpr int kNum = NumRows * NumOutputs;
   static constexpr int kPadded = (kNum + kLanes - 1) / kLanes * kLanes;
   static constexpr i64 kStep = kLanes * Words<T>::kElements;
+  static constexpr i64 kLine = 64 / sizeof(T);
 
   vf total[kPadded] = {};
 
@@ -48,20 +49,22 @@ struct DotBlock {
 
   __attribute__((always_inline)) void run(const LinearArgs& a, const T* x, const T* weight) {
     const i64 size = a.num_inputs;
+    const auto add_at = [&](i64 i, auto load_at) __attribute__((always_inline)) {
+      add(x + i, a.row_stride, weight + i, size, load_at);
+    };
+    const auto whole = [](const T* from) { return load_words(from, Whole{}); };
     i64 i = 0;
-    for (; i + kStep <= size; i += kStep) {
+    for (; i + kLine <= size; i += kLine) {
       // The next weight rows: four short streams are too many, too short, for the hardware alone.
 #pragma GCC unroll 8
       for (int n = 0; n < NumOutputs; ++n) {
         __builtin_prefetch(weight + i + (NumOutputs + n) * size, 0, 2);
       }
-      add(x + i, a.row_stride, weight + i, size,
-          [](const T* from) { return load_words(from, Whole{}); });
+#pragma GCC unroll 8
+      for (i64 step = 0; step < kLine; step += kStep) add_at(i + step, whole);
     }
-    if (i < size) {
-      add(x + i, a.row_stride, weight + i, size,
-          [&](const T* from) { return load_tail(from, size - i); });
-    }
+    for (; i + kStep <= size; i += kStep) add_at(i, whole);
+    if (i < size) add_at(i, [&](const T* from) { return load_tail(from, size - i); });
   }
 
   // Adds up the lanes of `total` and writes [NumRows, NumOutputs].

@@ -13,7 +13,7 @@ using Task = void (*)(void* context, i64 begin, i64 end);
 // all are done. Which thread runs a piece is open, so results must not depend on it.
 void parallel_for(i64 count, i64 grain, Task task, void* context);
 
-// This thread's own memory, aligned to 64 bytes, valid until its next call; null when there is none.
+// This thread's own memory, aligned to 64 bytes, until its next call; null when there is none.
 void* scratch(std::size_t num_bytes);
 
 void set_num_threads(int num_threads);

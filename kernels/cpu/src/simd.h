@@ -2,7 +2,7 @@
 //
 // Included once by each level_*.cpp, inside that level's namespace and compiled with that level's
 // flags, so that nothing here may have external linkage: a function shared with another level could
-// be the copy that uses instructions this machine lacks. LANES and HAS_BF16_DOT come from the level.
+// be the copy that uses instructions this machine lacks. The level sets LANES and HAS_BF16_DOT.
 
 constexpr int kLanes = LANES;
 

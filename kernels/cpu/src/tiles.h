@@ -1,4 +1,4 @@
-// Small matrix products C += A B over 32-bit words, the core of attention and of wide linear layers.
+// Small matrix products C += A B over 32-bit words, the core of attention.
 // Included by each level_*.cpp after simd.h; see there.
 //
 // A word is one float, or, where the level multiplies pairs, two neighbouring bf16 along the summed
