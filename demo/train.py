@@ -1,6 +1,6 @@
 """Trains the built-in model from nothing, on a CPU: a small Llama that completes Python.
 
-    python demo/train.py --minutes 45 --out demo/model
+    python demo/train.py --epochs 2 --out demo/model
 
 Knows nothing of the engine: the model below is plain torch, and what it writes is an ordinary
 Hugging Face checkpoint (LlamaForCausalLM, bfloat16 safetensors, tokenizer.json).
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -229,8 +229,14 @@ def batches(stream: Tensor, length: int, size: int, generator: torch.Generator) 
             yield torch.stack([stream[s : s + length + 1] for s in starts.tolist()]).long()
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it; elsewhere it would be emulated, slowly."""
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=is_fast)
+
+
 def loss_of(model: Callable[[Tensor], Tensor], window: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         logits = model(window[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
 
@@ -246,7 +252,7 @@ def bits_per_byte(
         ids = torch.tensor([end, *encoding.ids])
         for start in range(0, len(ids) - 1, length):
             window = ids[start : start + length + 1]
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = model(window[None, :-1])[0]
             nats += F.cross_entropy(logits.float(), window[1:], reduction="sum").item()
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -263,9 +269,10 @@ def train(
     peaks = [(muon, args.muon_lr), (adam, args.adam_lr)]
     generator = torch.Generator().manual_seed(args.seed)
     compiled = torch.compile(model)
+    num_steps = int(args.epochs * len(stream)) // (args.batch * args.length)
     began_s, step, paused_s = time.monotonic(), 0, time.monotonic()
     for window in batches(stream, args.length, args.batch, generator):
-        done = (time.monotonic() - began_s) / (args.minutes * 60)
+        done = step / num_steps
         if done >= 1:
             break
         for optimiser, peak in peaks:
@@ -303,6 +310,13 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
     return named
 
 
+def take_weights(model: Model, folder: Path) -> None:
+    """The weights of an earlier run, whose tokenizer must be the same."""
+    tensors = load_file(folder / "model.safetensors")
+    for parameter, name in zip(model.parameters(), tensors_of(model), strict=True):
+        parameter.data.copy_(tensors[name])
+
+
 def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     s, end = model.s, tokenizer.token_to_id(END)
@@ -335,8 +349,10 @@ def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=45, help="wall time to train for")
+    parser.add_argument("--epochs", type=float, default=2, help="times that each token is seen")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    help_text = "go on from this checkpoint; the learning rates start anew"
+    parser.add_argument("--init", type=Path, metavar="FOLDER", help=help_text)
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -351,6 +367,8 @@ def main() -> None:
     stream = encode(tokenizer, train_texts)
     num_bytes = sum(len(t.encode()) for t in train_texts)
     model = Model(shape)
+    if args.init:
+        take_weights(model, args.init)
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{num_bytes} bytes, {len(stream)} tokens, {num_parameters} parameters", file=sys.stderr)
     num_steps, num_tokens = train(model, stream, args, lambda: export(model, tokenizer, args.out))
@@ -360,7 +378,7 @@ def main() -> None:
         "bits_per_byte": round(bits_per_byte(model, tokenizer, held_out), 4),
         "num_parameters": num_parameters, "num_steps": num_steps, "num_tokens": num_tokens,
         "train_bytes": num_bytes, "held_out_bytes": sum(len(t.encode()) for t in held_out),
-        "bytes_per_token": round(num_bytes / len(stream), 3), "minutes": args.minutes,
+        "bytes_per_token": round(num_bytes / len(stream), 3), "epochs": args.epochs,
     }  # fmt: skip
     print(json.dumps(report))
 
