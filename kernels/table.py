@@ -25,6 +25,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "silu_mul": ("cpu", "reference"),
     "paged_attention": ("cpu", "reference"),
     "linear": ("cpu", "reference"),
+    "packed_linear": ("cpu", "reference"),
+    "packed_gate_up": ("cpu", "reference"),
+    "packed_embedding": ("cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
 
@@ -39,6 +42,9 @@ class Kernels:
     silu_mul: Callable[[Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    packed_linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+    packed_gate_up: Callable[[Tensor, Tensor], Tensor]
+    packed_embedding: Callable[[Tensor, Tensor, int, int], Tensor]
     choices: dict[str, str]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..layout_names import PANEL16, stored_shape
 from . import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -38,3 +39,9 @@ def is_cache(cache: torch.Tensor, head_dim: int, dtype: torch.dtype) -> bool:
     _, _, num_heads, size = cache.shape
     inner = (num_heads * size, size, 1)
     return size == head_dim and cache.stride()[1:] == inner and cache.dtype is dtype
+
+
+def is_panels(weight: torch.Tensor, num_outputs: int, num_inputs: int) -> bool:
+    """[N, K] in the layout panel16."""
+    shape = stored_shape(PANEL16, num_outputs, num_inputs, weight.element_size())
+    return weight.shape == shape and weight.is_contiguous()

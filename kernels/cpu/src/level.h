@@ -68,6 +68,29 @@ struct LinearArgs {
   i64 num_rows, num_inputs, num_outputs, row_stride;
 };
 
+// Weights in panels of 16 outputs; see packed.h.
+struct PackedLinearArgs {
+  const void* x;         // [num_rows, num_inputs]
+  const void* weight;    // panels
+  const void* bias;      // null, or [num_outputs]
+  void* out;             // [num_rows, num_outputs], contiguous
+  i64 num_rows, num_inputs, num_outputs, row_stride;
+};
+
+struct PackArgs {
+  const void* first;     // [num_outputs, num_inputs], contiguous
+  const void* second;    // null, or another such matrix, whose panels follow the first's in turn
+  void* out;
+  i64 num_outputs, num_inputs;
+};
+
+struct PackedEmbeddingArgs {
+  const i32* token_ids;
+  const void* weight;    // panels
+  void* out;             // [num_rows, num_inputs], contiguous
+  i64 num_rows, num_inputs, num_outputs;
+};
+
 // Every function returns false when it cannot get memory; nothing else can fail here.
 struct Level {
   bool (*rms_norm)(DType, const RmsNormArgs&);
@@ -75,6 +98,10 @@ struct Level {
   bool (*rope_store_kv)(DType, const RopeStoreArgs&);
   bool (*paged_attention)(DType, const AttentionArgs&);
   bool (*linear)(DType, const LinearArgs&);
+  bool (*packed_linear)(DType, const PackedLinearArgs&);
+  bool (*packed_gate_up)(DType, const PackedLinearArgs&);
+  bool (*packed_embedding)(DType, const PackedEmbeddingArgs&);
+  bool (*pack_panels)(DType, const PackArgs&);
 };
 
 namespace generic { extern const Level level; }

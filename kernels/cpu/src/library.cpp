@@ -14,7 +14,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -92,6 +92,13 @@ bool has_good_indices(const AttentionArgs& a) {
   return a.query_start[0] == 0 && a.query_start[a.num_sequences] <= a.num_rows;
 }
 
+bool has_good_indices(const PackedEmbeddingArgs& a) {
+  for (i64 row = 0; row < a.num_rows; ++row) {
+    if (!is_within(a.token_ids[row], 0, a.num_outputs)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PILOTLIGHT_API int pilotlight_abi_version() { return kAbiVersion; }
@@ -139,4 +146,21 @@ PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* 
 
 PILOTLIGHT_API int pilotlight_linear(DType dtype, const LinearArgs* a) {
   return status(level().linear(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_packed_linear(DType dtype, const PackedLinearArgs* a) {
+  return status(level().packed_linear(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_packed_gate_up(DType dtype, const PackedLinearArgs* a) {
+  return status(level().packed_gate_up(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_packed_embedding(DType dtype, const PackedEmbeddingArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().packed_embedding(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_pack_panels(DType dtype, const PackArgs* a) {
+  return status(level().pack_panels(dtype, *a));
 }
