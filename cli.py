@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
+    _add_cache(commands)
     _add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what is in use on this machine, and why")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -117,7 +118,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     flags = {name: given[name] for name in ServeConfig.__struct_fields__ if name in given}
     config = serve_config(flags, given.get("config"))
-    from .server.main import main as serve
+    from .server.start import main as serve
 
     return serve(config)
 
@@ -211,6 +212,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     module = import_module(f".bench.{arguments.kind}", __package__)
     code: int = module.main(arguments.rest)
     return code
+
+
+def _add_cache(commands: Any) -> None:
+    from .cache_commands import add_to
+
+    add_to(commands)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .engine.worker.load import choose_device, dtype_name
+from .engine.target import has_cuda_driver
+from .engine.worker.load import dtype_name
 from .engine.worker.memory import available_bytes
 from .kernels.cpu import native
 from .kernels.table import bind, implementations
@@ -73,8 +74,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def auto_device() -> torch.device:
+    return torch.device("cuda" if has_cuda_driver() and torch.cuda.is_available() else "cpu")
+
+
 def devices() -> list[Finding]:
-    device = choose_device("auto")
+    device = auto_device()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return [Finding("device", "auto", f"cuda: {name}", "a usable CUDA device was found")]
@@ -98,7 +103,7 @@ def native_library() -> list[Finding]:
 
 def kernels() -> list[Finding]:
     """What each operation is bound to, for both dtypes of a CPU or those of CUDA."""
-    device, findings = choose_device("auto"), []
+    device, findings = auto_device(), []
     for dtype in (torch.bfloat16, torch.float32):
         for op, choice in bind(device, dtype).choices.items():
             others = [i.name for i in implementations(op) if i.name != choice]

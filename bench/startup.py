@@ -14,7 +14,7 @@ import time
 
 import grpc
 
-from ..demo.run import drained, served, wait_ready
+from ..client.server_process import drained, served, wait_ready
 from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
 from ..server.config import DEMO_MODEL

@@ -85,8 +85,8 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         num_threads=arguments.num_threads,
         prefix_cache=False,
     )
-    core, facts = boot(config, _say_phase, lambda: None)
-    return core, facts.vocab_size, facts.kernels
+    booted = boot(config, _say_phase, lambda: None)
+    return booted.core, booted.facts.vocab_size, booted.facts.kernels
 
 
 def _say_phase(phase: str, bytes_done: int, bytes_total: int, detail: str) -> None:

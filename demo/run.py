@@ -1,24 +1,18 @@
 """`make demo`: a server with the built-in model, from boot to drain, seen by a real client.
 
-Knows the command line of the server and its wire contract, as any user would.
+Knows the wire contract, as any user would.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..client.generate import stream_text, summary
+from ..client.server_process import drained, served, wait_ready
 from ..engine.status import PhaseSpan
 from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
@@ -26,11 +20,6 @@ from ..server.timeline import timeline_lines
 
 PROMPT = 'def read_lines(path):\n    """'
 MAX_TOKENS = 96
-BOOT_TIMEOUT_S = 120.0
-DRAIN_TIMEOUT_S = 30.0
-
-
-Say = Callable[[str], None]
 
 
 def say(line: str) -> None:
@@ -49,41 +38,6 @@ def main() -> int:
         return drained(process, say)
 
 
-@contextmanager
-def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A server process on free ports of loopback, and its first log record."""
-    command = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
-    process = subprocess.Popen((*command, *arguments), stderr=subprocess.PIPE, text=True)
-    try:
-        yield process, first_record(process)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def first_record(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The log line that tells where the ports are."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        record: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
-        if "target" in record:
-            return record
-        print(line, end="", file=sys.stderr)
-    raise SystemExit(f"pilotlight: the server ended with code {process.wait()}")
-
-
-def wait_ready(channel: grpc.Channel, say: Say) -> None:
-    """Follows grpc.health.v1 Watch until `readiness` is SERVING."""
-    stub = health_pb2_grpc.HealthStub(channel)
-    request = health_pb2.HealthCheckRequest(service="readiness")
-    for response in stub.Watch(request, timeout=BOOT_TIMEOUT_S):
-        name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-        say(f"readiness is {name}")
-        if response.status == health_pb2.HealthCheckResponse.SERVING:
-            return
-
-
 def show_boot(ops: str) -> None:
     with urllib.request.urlopen(f"{ops}/startup", timeout=5) as response:
         boot = json.load(response)
@@ -94,22 +48,9 @@ def show_boot(ops: str) -> None:
 def complete(channel: grpc.Channel) -> None:
     request = pb.GenerateRequest(text=PROMPT)
     request.sampling.temperature = 0.0
+    request.sampling.repetition_penalty = 1.15
     request.stop.max_tokens = MAX_TOKENS
     request.stop.strings.append("\n\n\n")
     print(f"\n{PROMPT}", end="", flush=True)
     result = stream_text(pb_grpc.InferenceStub(channel).Generate(request, timeout=60), sys.stdout)
     say(summary(result))
-
-
-def drained(process: subprocess.Popen[str], say: Say) -> int:
-    """SIGTERM, and the exit code of the drain."""
-    began_s = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    try:
-        _, _ = process.communicate(timeout=DRAIN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        say("the server did not drain")
-        return 1
-    elapsed_s = time.monotonic() - began_s
-    say(f"drained in {elapsed_s:.2f} s, exit code {process.returncode}")
-    return process.returncode

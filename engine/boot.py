@@ -1,21 +1,23 @@
-"""Puts an engine together: runner, scheduler, one real token. The only place that knows both sides.
+"""Puts an engine together: weights, runner, scheduler, one real token. Knows both sides.
 
-torch is imported inside, never at the top, so that a caller can report before and after.
+torch is imported inside, never at the top: by a thread of the process that began with its first
+breath (`TorchImport`), while files are looked at and bytes move.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
-from ..weights_cache.manifest import read_manifest
+from . import target
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import EngineError
+from .found_weights import FoundWeights, find_weights
+from .lean_torch import import_torch
 from .messages import FinishReason, ModelFacts, Submit
-from .models.config import read_model_config
-from .models.names import check_tensors
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
@@ -23,15 +25,75 @@ Report = Callable[[str, int, int, str], None]
 """phase, bytes done, bytes in all, detail."""
 
 
-def boot(
-    config: EngineConfig, report: Report, pulse: Callable[[], None]
-) -> tuple[EngineCore, ModelFacts]:
-    """From a configuration to an engine that has generated a token. Raises SetupError."""
-    check(config, report)
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """An engine that has generated a token."""
+
+    core: EngineCore
+    facts: ModelFacts
+
+
+class TorchImport:
+    """torch on its way in a thread of its own: every engine needs it, whatever it will load."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="import-torch", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Raises what the import raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            if target.has_cuda_driver():
+                import torch  # noqa: F401
+            else:
+                import_torch()
+        except BaseException as error:
+            self._error = error
+
+
+def stand_by(torch_import: TorchImport, report: Report) -> None:
+    """Everything that can be done without a model."""
     report("import_torch", 0, 0, "")
+    torch_import.wait()
+    from .worker import load
+
+    load.prepare()
+
+
+def boot(
+    config: EngineConfig,
+    report: Report,
+    pulse: Callable[[], None],
+    torch_import: TorchImport | None = None,
+) -> Booted:
+    """From a configuration to an engine that has generated a token. Raises SetupError.
+
+    What can be refused from headers alone is refused before torch is waited for.
+    """
+    torch_import = torch_import or TorchImport()
+    report("check", 0, 0, "")
+    weights = find_weights(config)
+    weights.start_moving()
+    report("import_torch", 0, 0, "")
+    torch_import.wait()
+    core, facts = _core(config, weights, report, pulse)
+    report("warm", 0, 0, "")
+    warm(core)
+    return Booted(core, facts)
+
+
+def _core(
+    config: EngineConfig, weights: FoundWeights, report: Report, pulse: Callable[[], None]
+) -> tuple[EngineCore, ModelFacts]:
     from .worker.load import load_runner
 
-    runner, facts = load_runner(config, report, pulse)
+    runner, facts = load_runner(config, weights, report, pulse)
     scheduler = Scheduler(
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
@@ -41,17 +103,7 @@ def boot(
         max_batched_tokens=config.max_batched_tokens,
         prefix_cache=config.prefix_cache,
     )
-    core = EngineCore(scheduler, runner)
-    report("warm", 0, 0, "")
-    warm(core)
-    return core, facts
-
-
-def check(config: EngineConfig, report: Report) -> None:
-    """Everything that can be refused from headers alone, before a second is spent on torch."""
-    report("check", 0, 0, "")
-    folder = Path(config.model)
-    check_tensors(read_model_config(folder), read_manifest(folder))
+    return EngineCore(scheduler, runner), facts
 
 
 def warm(core: EngineCore) -> None:

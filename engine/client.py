@@ -15,12 +15,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-import msgspec
 from msgspec.structs import replace
 
 from . import boot_record
 from .board import Board
-from .config import EngineConfig
+from .config import EngineConfig, SupervisionPolicy
 from .errors import DuplicateRequest, NotReady
 from .launch import EngineLink, Launch, launch_process
 from .messages import (
@@ -48,21 +47,6 @@ STOP_TIMEOUT_S = 3.0
 LOST = "the engine process ended"
 LASTING_BOOT_S = 60.0
 """An engine that was ready for this long is a new chance: earlier restarts are forgotten."""
-
-
-class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What happens to an engine that stalls or dies."""
-
-    restarts: bool = True
-    """False: the server exits when its engine does."""
-    max_restarts: int = 5
-    restart_backoff_s: float = 0.5
-    """Doubled at each restart in a row."""
-    heartbeat_timeout_s: float = 3.0
-    progress_timeout_s: float = 30.0
-    stall_kill_s: float = 10.0
-    """A stalled engine is killed after this long."""
-    judge_interval_s: float = 0.1
 
 
 class EngineClient:
@@ -154,6 +138,12 @@ class EngineClient:
 
     # ---- life --------------------------------------------------------------------------------
 
+    def fail_setup(self, reason: str) -> None:
+        """The front found a mistake of the operator's: ends the engine, and none follows."""
+        self._failure = Failed(reason, is_setup=True)
+        if self._link:
+            self._link.kill()
+
     def start(self) -> None:
         """Begins to launch and supervise; returns at once. Time spent before is a phase too."""
         span = PhaseSpan(FRONT_PHASE, 0.0, self._elapsed_s())
@@ -219,8 +209,12 @@ class EngineClient:
 
     async def _run_one_engine(self) -> str:
         """From launch to the end of the process; returns why it ended."""
-        self._watchdog = self._failure = None
+        self._watchdog = None
+        if not self.failed_setup:
+            self._failure = None
         link = self._link = await self._launch()
+        if self.failed_setup or self._stop_asked.is_set():  # meanwhile: it is not to boot
+            link.kill()
         link.send(Boot(self._config))
         judge = asyncio.create_task(self._judge(link), name="engine-judge")
         try:

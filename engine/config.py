@@ -9,7 +9,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Zero or "auto" means: the engine decides from the model and the machine, and says what."""
 
     model: str
-    """Folder of a Hugging Face checkpoint."""
+    """Folder of a Hugging Face checkpoint; empty: be on standby, with everything but a model."""
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int = 0
@@ -20,3 +20,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     num_threads: int = 0
     heartbeat_interval_s: float = 0.25
+
+
+class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens to an engine that stalls or dies."""
+
+    restarts: bool = True
+    """False: the server exits when its engine does."""
+    max_restarts: int = 5
+    restart_backoff_s: float = 0.5
+    """Doubled at each restart in a row."""
+    heartbeat_timeout_s: float = 3.0
+    progress_timeout_s: float = 30.0
+    stall_kill_s: float = 10.0
+    """A stalled engine is killed after this long."""
+    judge_interval_s: float = 0.1

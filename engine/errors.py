@@ -14,6 +14,10 @@ PilotlightError
 ├── SetupError              the operator's command line, files or machine; one line, exit code 2
 │   ├── ConfigError         a flag or a configuration file
 │   ├── CheckpointError     files that are missing, truncated, misshapen
+│   │   └── BadArtefact     an arena file that is not what was written
+│   ├── SourceError         a place that checkpoints come from: not there, refused, wrong bytes
+│   ├── NotEnoughDisk       found before the first byte is written, where that can be known
+│   ├── CacheError          the folder of the weights cache cannot be read or written
 │   ├── UnsupportedModel    a checkpoint that is well formed but cannot be run exactly
 │   ├── PortInUse
 │   └── NotEnoughMemory
@@ -95,6 +99,26 @@ class ConfigError(SetupError):
 
 class CheckpointError(SetupError):
     """Model files are missing, truncated, not safetensors, or not what config.json promises."""
+
+
+class BadArtefact(CheckpointError):
+    """An arena file is truncated, damaged, or of another format."""
+
+
+class SourceError(SetupError):
+    """A source of checkpoints cannot give what was asked; `hint` says the way out."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.hint = hint
+        super().__init__(message + (f"; {hint}" if hint else ""))
+
+
+class NotEnoughDisk(SetupError):
+    """A file system has less room than is needed; the message names both and the way out."""
+
+
+class CacheError(SetupError):
+    """The folder of the weights cache cannot be used: not readable, damaged, of another version."""
 
 
 class UnsupportedModel(SetupError):

@@ -1,20 +1,16 @@
-"""Starts an engine process and holds the front's end of its channel. Knows no requests.
-
-Never forks: gRPC's threads and a forked copy of them do not go together.
-"""
+"""The front's end of an engine's channel, and how one is launched. Knows no requests."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from .channel import frame, reader_in_front
 from .messages import FromEngine, ToEngine
+from .spawn import Spawned, spawn
 
 
 class EngineLink(Protocol):
@@ -82,19 +78,11 @@ class ProcessLink:
 
 
 async def launch_process(log_level: str = "info") -> EngineLink:
-    """Starts `python -m pilotlight.engine.process` with one end of a socket pair.
+    return await linked(spawn(log_level))
 
-    By subprocess.Popen and not by the event loop: it uses vfork, which leaves the fork handlers of
-    gRPC's threads alone, where uvloop forks.
-    """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        module = (sys.executable, "-m", "pilotlight.engine.process")
-        process = subprocess.Popen(
-            (*module, "--fd", str(theirs.fileno()), "--log-level", log_level),
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    ours.setblocking(False)
-    reader, writer = await asyncio.open_unix_connection(sock=ours)
-    return ProcessLink(process, reader, writer)
+
+async def linked(spawned: Spawned) -> EngineLink:
+    """The channel of a process that runs already."""
+    spawned.socket.setblocking(False)
+    reader, writer = await asyncio.open_unix_connection(sock=spawned.socket)
+    return ProcessLink(spawned.process, reader, writer)

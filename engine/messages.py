@@ -1,8 +1,9 @@
 """What crosses the border between front and engine process: token ids only, never text.
 
 Every message is a msgspec struct in a tagged union: typed on both ends, never pickled.
-Front -> engine: Boot first, then Submit, Abort, Stop. Engine -> front: Progress while it boots,
-Ready once, then StepRecord per step and Heartbeat on a clock; Failed at most once.
+Front -> engine: Boot, then Submit, Abort; Unload and another Boot; Stop. Engine -> front: Progress
+while it boots, Ready, then StepRecord per step and Heartbeat on a clock; Standby when it is there
+without a model; Failed at most once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ class FinishReason(IntEnum):
 
 
 class Boot(msgspec.Struct, frozen=True, tag=True):
+    """Load the model of `config`, or be on standby where it names none."""
+
     config: EngineConfig
+
+
+class Unload(msgspec.Struct, frozen=True, tag=True):
+    """Give weights and cache back and be on standby. What is still live ends as aborted."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -81,12 +88,20 @@ class ModelFacts(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     kernels: dict[str, str]
     """Operation -> implementation bound."""
+    artefact: str = ""
+    """Where the weights came from: cached, or the checkpoint and why."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """A real token was generated."""
 
     facts: ModelFacts
+    at_s: float
+
+
+class Standby(msgspec.Struct, frozen=True, tag=True):
+    """Everything but a model is there."""
+
     at_s: float
 
 
@@ -161,5 +176,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_setup: bool
 
 
-ToEngine = Boot | Submit | Abort | Stop
-FromEngine = Progress | Ready | StepRecord | Heartbeat | Failed
+ToEngine = Boot | Unload | Submit | Abort | Stop
+FromEngine = Progress | Ready | Standby | StepRecord | Heartbeat | Failed

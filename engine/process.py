@@ -1,14 +1,13 @@
 """The engine process: `python -m pilotlight.engine.process --fd N`, started by the front.
 
-Boots, then turns messages into steps until it is told to stop or the front is gone. Knows the
-channel and the core; asyncio, gRPC and text are unknown here.
+Knows the channel and how this process ends; what it does in between is `engine/service.py`.
+asyncio, gRPC and text are unknown here.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import logging
 import os
 import queue
@@ -16,32 +15,16 @@ import signal
 import socket
 import sys
 import threading
-import time
-from typing import NoReturn
 
-from .boot import boot
 from .channel import frame, reader_in_engine
-from .config import EngineConfig
-from .core import EngineCore
-from .errors import EngineError, SetupError
-from .heartbeat import Heart, Pulse
+from .errors import SetupError
 from .logs import log_json_lines
-from .messages import (
-    Abort,
-    Boot,
-    Failed,
-    FromEngine,
-    Progress,
-    Ready,
-    Stop,
-    Submit,
-    ToEngine,
-)  # fmt: skip
+from .messages import Failed, FromEngine, ToEngine
+from .service import Service
 
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-PROGRESS_INTERVAL_S = 0.05
 
 
 class Channel:
@@ -59,9 +42,6 @@ class Channel:
         data = frame(message)
         with self._send_lock:
             self._sock.sendall(data)
-
-    def wait(self) -> ToEngine:
-        return self._inbox.get()
 
     def take(self, block: bool) -> list[ToEngine]:
         """Everything that has arrived; waits for the first when `block`."""
@@ -86,56 +66,6 @@ class Channel:
             return b""
 
 
-class ProgressReport:
-    """Passes a boot's progress on; of many byte counts within a moment only the first and last."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._phase = ""
-        self._sent_s = 0.0
-
-    def __call__(self, phase: str, bytes_done: int, bytes_total: int, detail: str) -> None:
-        now_s = time.monotonic()
-        is_news = phase != self._phase or bytes_done == bytes_total
-        if is_news or now_s - self._sent_s >= PROGRESS_INTERVAL_S:
-            self._phase, self._sent_s = phase, now_s
-            self._channel.send(Progress(phase, now_s, bytes_done, bytes_total, detail))
-
-
-def run(channel: Channel, config: EngineConfig) -> NoReturn:
-    """Boots and serves; raises SetupError or EngineError."""
-    pulse = Pulse()
-    core, facts = boot(config, ProgressReport(channel), pulse)
-    # What lives now lives for ever: keep the collector from walking it between steps.
-    gc.collect()
-    gc.freeze()
-    channel.send(Ready(facts, time.monotonic()))
-    Heart(core, pulse, config.heartbeat_interval_s, channel.send).start()
-    serve(channel, core)
-
-
-def serve(channel: Channel, core: EngineCore) -> NoReturn:
-    """The loop: take what arrived, compute one batch, tell what came out."""
-    while True:
-        for message in channel.take(block=not core.has_work):
-            obey(core, message)
-        record = core.step()
-        if record is not None:
-            channel.send(record)
-
-
-def obey(core: EngineCore, message: ToEngine) -> None:
-    match message:
-        case Submit():
-            core.submit(message)
-        case Abort(request_ids=request_ids, index=index):
-            core.abort(request_ids, index)
-        case Stop():
-            os._exit(0)
-        case Boot():
-            raise EngineError("a second Boot message")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Started by `pilotlight serve`; not by hand.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front")
@@ -150,10 +80,7 @@ def main() -> int:
 
 def serve_until_failure(channel: Channel) -> int:
     try:
-        first = channel.wait()
-        if not isinstance(first, Boot):
-            raise EngineError(f"the first message is {type(first).__name__}, not Boot")
-        run(channel, first.config)
+        Service(channel).serve()
     except SetupError as error:
         channel.send(Failed(str(error), is_setup=True))
         return 2

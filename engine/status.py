@@ -10,11 +10,17 @@ from .messages import EngineStatistics, ModelFacts
 
 
 class EngineState(StrEnum):
-    """STARTING -> LOADING -> WARMING -> READY <-> STALLED; STOPPED or FAILED at the end."""
+    """STARTING -> LOADING -> WARMING -> READY <-> STALLED; STOPPED or FAILED at the end.
+
+    STARTING -> STANDBY -> LOADING where a model comes later; READY -> STANDBY when it is unloaded,
+    READY -> SLEEPING when its memory is lent out.
+    """
 
     STARTING = "starting"
     LOADING = "loading"
     WARMING = "warming"
+    STANDBY = "standby"
+    SLEEPING = "sleeping"
     READY = "ready"
     STALLED = "stalled"
     STOPPED = "stopped"

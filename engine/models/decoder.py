@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.table import Kernels
 from .config import ModelConfig
 from .rope import inverse_frequencies
@@ -57,7 +58,7 @@ class Decoder:
         self._weights = weights
         self._kernels = kernels
         self._pulse = pulse
-        self._cos_sin = rope_table(config, context_len).to(weights.embedding.device)
+        self._cos_sin = rope_table(config, context_len).to(weights.norm.device)
         self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._scale = config.head_dim**-0.5
 
@@ -65,21 +66,20 @@ class Decoder:
         """token_ids: [T] -> hidden states behind the last norm: [T, hidden_size]."""
         kernels, eps = self._kernels, self._config.norm_eps
         layers = self._weights.layers
-        residual = functional.embedding(token_ids, self._weights.embedding)
+        residual = self._embed(token_ids)
         x = kernels.rms_norm(residual, layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in layers[1:]] + [self._weights.norm]
         for i, layer in enumerate(layers):
             x = self._attend(x, layer, i, batch, caches[i])
             x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = kernels.silu_mul(self._linear(x, layer.gate_up))
-            x = self._linear(x, layer.down)
+            x = self._linear(self._gated(x, layer.gate_up), layer.down)
             x = kernels.add_rms_norm(x, residual, next_norms[i], eps)
             self._pulse()
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [S, hidden_size] -> fp32 [S, vocab_size]."""
-        return self._kernels.linear(hidden, self._weights.head, None).float()
+        return self._linear(hidden, Linear(self._weights.head, None)).float()
 
     def _attend(
         self, x: Tensor, layer: LayerWeights, index: int, batch: AttentionBatch, cache: LayerCache
@@ -105,8 +105,27 @@ class Decoder:
         )
         return self._linear(out, layer.o)
 
+    # ---- by layout ---------------------------------------------------------------------------
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        table = self._weights.embedding
+        if table.layout == PLAIN:
+            return functional.embedding(token_ids, table.data)
+        return self._kernels.packed_embedding(
+            token_ids, table.data, table.num_outputs, table.num_inputs
+        )
+
     def _linear(self, x: Tensor, linear: Linear) -> Tensor:
-        return self._kernels.linear(x, linear.weight, linear.bias)
+        weight = linear.weight
+        if weight.layout == PLAIN:
+            return self._kernels.linear(x, weight.data, linear.bias)
+        return self._kernels.packed_linear(x, weight.data, linear.bias, weight.num_outputs)
+
+    def _gated(self, x: Tensor, gate_up: Linear) -> Tensor:
+        """silu(gate) * up."""
+        if gate_up.weight.layout.endswith(PAIRED):
+            return self._kernels.packed_gate_up(x, gate_up.weight.data)
+        return self._kernels.silu_mul(self._linear(x, gate_up))
 
 
 def rope_table(config: ModelConfig, context_len: int) -> Tensor:

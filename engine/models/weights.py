@@ -1,7 +1,6 @@
-"""The tensors of a decoder, fused as the layers read them. Knows checkpoints, not requests.
+"""The tensors of a decoder: prepared from a checkpoint, or taken as they lie in an artefact.
 
-q, k and v become one matrix, gate and up another: each is allocated once and filled part by part.
-Everything else is a view of the mapped file wherever dtype and device agree.
+Knows recipes, checkpoints' tensors and layouts; knows no files of the cache and no requests.
 """
 
 from __future__ import annotations
@@ -12,15 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.layout_names import PAIRED, PLAIN
+from ...kernels.layouts import pack, pack_paired
 from ...weights_cache.stream import MappedWeights
 from .config import ModelConfig
+from .recipes import Recipe, recipes
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """[num_outputs, num_inputs], stored in `layout`."""
+
+    data: Tensor
+    layout: str
+    num_outputs: int
+    num_inputs: int
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weight: [out, in]; bias: [out] or None."""
+    """bias: [num_outputs] or None."""
 
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None
 
 
@@ -38,74 +50,95 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    embedding: Tensor
+    embedding: Matrix
     layers: list[LayerWeights]
     norm: Tensor
-    head: Tensor
+    head: Matrix
 
 
-class WeightsLoader:
-    """Takes tensors by name to one device and dtype; `report` gets the bytes taken so far."""
+class Preparer:
+    """Makes a recipe's tensor from its parts; `report` gets the checkpoint's bytes used so far.
+
+    A part that needs no change is a view of the mapped file; all others are made once, by one copy.
+    """
 
     def __init__(
         self,
         source: MappedWeights,
         device: torch.device,
         dtype: torch.dtype,
-        report: Callable[[int], None],
+        report: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         self._source = source
         self._device = device
         self._dtype = dtype
         self._report = report
         self._num_bytes = 0
+        self.num_copied_bytes = 0
 
-    def load(self, config: ModelConfig) -> ModelWeights:
-        embedding = self._take("model.embed_tokens.weight")
-        layers = [self._layer(config, f"model.layers.{i}.") for i in range(config.num_layers)]
-        head = embedding if config.is_tied else self._take("lm_head.weight")
-        return ModelWeights(embedding, layers, self._take("model.norm.weight"), head)
+    def __call__(self, recipe: Recipe) -> Tensor:
+        parts = [self._source.tensor(name) for name in recipe.parts]
+        tensor = self._made(recipe, parts)
+        self._num_bytes += sum(part.nbytes for part in parts)
+        self._report(self._num_bytes)
+        return tensor
 
-    def _layer(self, config: ModelConfig, layer: str) -> LayerWeights:
-        attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
-        qkv = [f"{attention}{part}_proj" for part in "qkv"]
-        gate_up = [f"{mlp}{part}_proj" for part in ("gate", "up")]
-        has_norms = config.has_qk_norm
-        return LayerWeights(
-            input_norm=self._take(f"{layer}input_layernorm.weight"),
-            qkv=self._fused(qkv, config.has_qkv_bias),
-            q_norm=self._take(f"{attention}q_norm.weight") if has_norms else None,
-            k_norm=self._take(f"{attention}k_norm.weight") if has_norms else None,
-            o=self._fused([f"{attention}o_proj"], config.has_o_bias),
-            post_norm=self._take(f"{layer}post_attention_layernorm.weight"),
-            gate_up=self._fused(gate_up, config.has_mlp_bias),
-            down=self._fused([f"{mlp}down_proj"], config.has_mlp_bias),
-        )
+    def _made(self, recipe: Recipe, parts: list[Tensor]) -> Tensor:
+        if recipe.layout.endswith(PAIRED):
+            gate, up = (part.to(self._dtype) for part in parts)
+            return self._copied(pack_paired(gate, up))
+        if len(parts) == 1 and recipe.layout == PLAIN:
+            tensor = parts[0].to(self._device, self._dtype)
+            return tensor if tensor is parts[0] else self._copied(tensor)
+        stack = self._stacked(parts)
+        return self._copied(stack if recipe.layout == PLAIN else pack(stack))
 
-    def _fused(self, names: list[str], has_bias: bool) -> Linear:
-        weight = self._stacked([f"{name}.weight" for name in names])
-        bias = self._stacked([f"{name}.bias" for name in names]) if has_bias else None
-        return Linear(weight, bias)
-
-    def _stacked(self, names: list[str]) -> Tensor:
-        """The named tensors one below the other."""
-        if len(names) == 1:
-            return self._take(names[0])
-        parts = [self._source.tensor(name) for name in names]
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0].to(self._device, self._dtype)
         rows = [part.shape[0] for part in parts]
-        whole = torch.empty(
-            (sum(rows), *parts[0].shape[1:]), dtype=self._dtype, device=self._device
-        )
+        shape = (sum(rows), *parts[0].shape[1:])
+        whole = torch.empty(shape, dtype=self._dtype, device=self._device)
         for part, space in zip(parts, whole.split(rows), strict=True):
             space.copy_(part)
-            self._count(part)
         return whole
 
-    def _take(self, name: str) -> Tensor:
-        tensor = self._source.tensor(name)
-        self._count(tensor)
-        return tensor.to(self._device, self._dtype)
+    def _copied(self, tensor: Tensor) -> Tensor:
+        self.num_copied_bytes += tensor.nbytes
+        return tensor
 
-    def _count(self, tensor: Tensor) -> None:
-        self._num_bytes += tensor.nbytes
-        self._report(self._num_bytes)
+
+def assemble(config: ModelConfig, layout: str, get: Callable[[Recipe], Tensor]) -> ModelWeights:
+    """Puts the tensors of all recipes into their places."""
+    found = {recipe.name: (recipe, get(recipe)) for recipe in recipes(config, layout)}
+
+    def vector(name: str) -> Tensor | None:
+        return found[name][1] if name in found else None
+
+    def present(name: str) -> Tensor:
+        return found[name][1]
+
+    def matrix(name: str) -> Matrix:
+        recipe, data = found[name]
+        return Matrix(data, recipe.layout, *recipe.shape)
+
+    def linear(name: str) -> Linear:
+        return Linear(matrix(f"{name}.weight"), vector(f"{name}.bias"))
+
+    def layer(index: int) -> LayerWeights:
+        at = f"layers.{index}."
+        return LayerWeights(
+            input_norm=present(f"{at}input_norm"),
+            qkv=linear(f"{at}qkv"),
+            q_norm=vector(f"{at}q_norm"),
+            k_norm=vector(f"{at}k_norm"),
+            o=linear(f"{at}o"),
+            post_norm=present(f"{at}post_norm"),
+            gate_up=linear(f"{at}gate_up"),
+            down=linear(f"{at}down"),
+        )
+
+    layers = [layer(index) for index in range(config.num_layers)]
+    embedding = matrix("embedding")
+    head = embedding if config.is_tied else matrix("head")
+    return ModelWeights(embedding, layers, present("norm"), head)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..config import EngineConfig
@@ -83,6 +85,15 @@ def allocate(
     """Zeroed caches, one pair per layer. Zeros, so that no cell ever holds a NaN of old memory."""
     shape = (plan.num_blocks, plan.block_size, model.num_kv_heads, model.head_dim)
     return [
-        LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        LayerCache(*(_zeros(shape, device, dtype) for _ in range(2)))
         for _ in range(model.num_layers)
     ]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed pages and gets them one by one, at their first use: torch
+    # would write gigabytes of zeros at every boot.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -34,7 +34,7 @@ def fp32_engine(folder: Path, **overrides: int) -> EngineCore:
     config = EngineConfig(
         model=str(folder), device="cpu", dtype="float32", **(settings | overrides)
     )
-    return boot(config, lambda *_: None, lambda: None)[0]
+    return boot(config, lambda *_: None, lambda: None).core
 
 
 def greedy(num_tokens: int) -> SamplingParams:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from pilotlight.bench.make_model import write_model
+from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.models.config import ModelConfig, read_model_config
 from pilotlight.engine.models.decoder import AttentionBatch, Decoder, LayerCache
-from pilotlight.engine.models.weights import WeightsLoader
+from pilotlight.engine.models.weights import Preparer, assemble
+from pilotlight.engine.target import choose_target
 from pilotlight.kernels.table import bind
 from pilotlight.tests.models.checkpoints import (
     TINY_SHAPES,
@@ -87,7 +89,8 @@ def _logits(folder: Path, token_ids: list[int], chunk_lens: tuple[int, ...]) -> 
     """Of every position, through a cache whose blocks lie in reverse order."""
     config = read_model_config(folder)
     source = MappedWeights(read_manifest(folder))
-    weights = WeightsLoader(source, CPU, torch.float32, lambda _: None).load(config)
+    layout = choose_target(EngineConfig(model=str(folder), dtype="float32"), "float32").layout
+    weights = assemble(config, layout, Preparer(source, CPU, torch.float32))
     decoder = Decoder(config, weights, bind(CPU, torch.float32), len(token_ids), lambda: None)
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     caches = _caches(config, num_blocks)

@@ -29,7 +29,8 @@ def _greedy(folder: Path, device: str) -> dict[str, list[int]]:
         max_batched_tokens=16,
         max_model_len=200,
     )
-    core, facts = boot(config, lambda *_: None, lambda: None)
+    booted = boot(config, lambda *_: None, lambda: None)
+    core, facts = booted.core, booted.facts
     assert facts.device.startswith(device)
     sampling = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
     for i, length in enumerate((1, 7, 40)):

@@ -1,0 +1,43 @@
+"""Starts an engine process: the first thing a server does, before it imports its own libraries.
+
+Never forks: gRPC's threads and a forked copy of them do not go together. Knows no asyncio, so that
+it can run before that is imported.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process, and our end of its channel."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+
+    def discard(self) -> None:
+        """Ends it, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+
+
+def spawn(log_level: str = "info") -> Spawned:
+    """Starts `python -m pilotlight.engine.process` with one end of a socket pair.
+
+    It imports torch and waits for its Boot. By subprocess.Popen and not by an event loop: it uses
+    vfork, which leaves the fork handlers of gRPC's threads alone, where uvloop forks.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        module = (sys.executable, "-m", "pilotlight.engine.process")
+        process = subprocess.Popen(
+            (*module, "--fd", str(theirs.fileno()), "--log-level", log_level),
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return Spawned(process, ours)

@@ -1,0 +1,81 @@
+"""Where and in which dtype a model will run, decided before torch is imported.
+
+Knows the native library's instruction set and whether there is a CUDA driver; the worker checks the
+decision against torch when it is there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..kernels.cpu import native
+from ..kernels.layout_names import PANEL16, PLAIN
+from .config import EngineConfig
+
+CUDA_DRIVER = Path("/dev/nvidiactl")
+HALVES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """device: cpu or cuda; dtype: of weights and cache; layout: of packed linear weights."""
+
+    device: str
+    dtype: str
+    layout: str
+
+    @property
+    def name(self) -> str:
+        """Artefacts of equal names can be exchanged."""
+        return f"{self.device}-{self.dtype}-{self.layout}"
+
+
+def choose_target(config: EngineConfig, checkpoint_dtype: str) -> Target:
+    """`auto` is CUDA where there is a driver, else the CPU; the dtype is the checkpoint's own.
+
+    On a CPU bfloat16 is multiplied by the native kernels at every level but the generic one, and
+    stands in for float16; without them float32 is the faster one.
+    """
+    device = _device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else _dtype(device, checkpoint_dtype)
+    return Target(device, dtype, _layout(device, dtype))
+
+
+def _layout(device: str, dtype: str) -> str:
+    """Panels where the native kernels read them; at their generic level torch is faster."""
+    is_read = device == "cpu" and dtype in ("bfloat16", "float32") and _has_native_kernels()
+    return PANEL16 if is_read else PLAIN
+
+
+def _device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "cuda" if has_cuda_driver() else "cpu"
+
+
+def has_cuda_driver() -> bool:
+    """A driver, and a torch that was built for it."""
+    return CUDA_DRIVER.exists() and _torch_knows_cuda()
+
+
+def _torch_knows_cuda() -> bool:
+    """Read from the installed files: importing torch is what this must not do."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    return re.search(r"^cuda\b.*= *None", text, re.MULTILINE) is None
+
+
+def _dtype(device: str, checkpoint_dtype: str) -> str:
+    if device == "cuda":
+        return checkpoint_dtype if checkpoint_dtype in HALVES else "bfloat16"
+    is_half = checkpoint_dtype in HALVES
+    return "bfloat16" if is_half and _has_native_kernels() else "float32"
+
+
+def _has_native_kernels() -> bool:
+    return native.level() not in (None, "generic")
