@@ -12,13 +12,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..engine.client import SupervisionPolicy
-from ..engine.config import EngineConfig
+from ..engine.config import EngineConfig, SupervisionPolicy
 from ..engine.errors import ConfigError
 from ..engine.logs import LEVELS
 
@@ -277,7 +277,9 @@ def _known(key: str, path: Path) -> str:
 def _checked(name: str, value: Any) -> Any:
     option = next((option for option in OPTIONS if option.name == name), None)
     if option is None:  # the model's path
-        return str(value)
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} is {value!r}: must be of type str")
+        return value
     if option.is_size:
         value = size_bytes(option.flag, value)
     kind = type(option.default)
@@ -300,7 +302,7 @@ def size_bytes(flag: str, value: Any) -> int:
     unit = match and UNITS.get(match[2].lower())
     if not match or unit is None:
         raise ConfigError(f"{flag} is {value!r}: give bytes, or a number with KiB, MiB or GiB")
-    return int(float(match[1]) * unit)
+    return int(Decimal(match[1]) * unit)
 
 
 def cache_root() -> Path:

@@ -49,12 +49,12 @@ class ModelText:
     chat_template: ChatTemplate | None = None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
-    def encoder(self) -> Tokenizer:
+    def encoder(self, field: str = "prompt", way_out: str = "send token_ids") -> Tokenizer:
+        """Raises NotReady, or InvalidField: `field` is what the text is needed for."""
         if not self.is_loaded:
             raise NotReady("the tokenizer is still loading")
         if self.tokenizer is None:
-            hint = "send token_ids"
-            raise InvalidField("prompt", "text", "this model has no tokenizer.json", hint)
+            raise InvalidField(field, "text", "this model has no tokenizer.json", way_out)
         return self.tokenizer
 
     def chat_prompt(self, chat: pb.Chat) -> str:
@@ -156,7 +156,8 @@ class Generation:
         params = sampling_params(request, facts, text.defaults, secrets.randbits(64))
         options = text_options(request)
         if options.stop_strings:
-            text.encoder()  # without text there is nothing to find them in
+            # Without text there is nothing to find them in.
+            text.encoder("stop.strings", "use stop.token_ids")
         self.seed = params.seed
         self._samples = [
             Sample(self.request_id, i, options, text.tokenizer) for i in range(params.n)
@@ -177,12 +178,12 @@ class Generation:
             case "text":
                 max_chars = self._services.text.encoder().max_chars(facts.context_len)
                 check_prompt_text(request.text, max_chars, facts)
-                return estimated_tokens(len(request.text))
+                return estimated_tokens(len(request.text.encode()))
             case "chat":
                 self._services.text.encoder()
                 check_chat(request.chat)
-                num_chars = sum(len(message.content) for message in request.chat.messages)
-                return estimated_tokens(num_chars)
+                num_bytes = sum(len(m.content.encode()) for m in request.chat.messages)
+                return estimated_tokens(num_bytes)
         raise InvalidField("prompt", "absent", "one of text, token_ids and chat must be set")
 
     # ---- tokens ------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ class Generation:
         if request.WhichOneof("prompt") == "token_ids":
             prompt_ids = list(request.token_ids.ids)
         else:
-            work = requests.in_thread(partial(encode_prompt, request, self._services.text))
+            work = requests.in_thread(partial(encode_prompt, request, self._services.text, facts))
             prompt_ids = await requests.abortable(self.request_id, work)
             check_prompt_ids(prompt_ids, facts)
         self._times.tokenized_s = time.monotonic()
@@ -272,12 +273,14 @@ class Generation:
         times.newest_token_s = now_s
 
 
-def encode_prompt(request: pb.GenerateRequest, text: ModelText) -> list[int]:
+def encode_prompt(request: pb.GenerateRequest, text: ModelText, facts: ModelFacts) -> list[int]:
     """On a text thread. A rendered template brings its own special tokens."""
+    encoder = text.encoder()
     if request.WhichOneof("prompt") == "chat":
         prompt = text.chat_prompt(request.chat)
-        return text.encoder().encode(prompt, add_special_tokens=False)
-    return text.encoder().encode(request.text, add_special_tokens=True)
+        check_prompt_text(prompt, encoder.max_chars(facts.context_len), facts)
+        return encoder.encode(prompt, add_special_tokens=False)
+    return encoder.encode(request.text, add_special_tokens=True)
 
 
 def _by_index(outputs: list[Output]) -> list[Output]:

@@ -18,7 +18,6 @@ import grpc
 import grpc.aio
 
 from ..engine.errors import DeadlineExpired, EngineDied, InvalidField, PilotlightError
-from ..engine.status import EngineState, EngineStatus
 from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
 from .config import ServeConfig
@@ -32,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.25
 """WatchStartup speaks at least this often: a phase without bytes shows that time passes."""
+
+STARTUP_ENDS = (
+    pb.SERVER_STATE_READY,
+    pb.SERVER_STATE_FAILED,
+    pb.SERVER_STATE_STOPPED,
+    pb.SERVER_STATE_DRAINING,
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -183,26 +189,22 @@ class Inference(pb_grpc.InferenceServicer):
         self, request: pb.WatchStartupRequest, context: Context
     ) -> AsyncIterator[pb.StartupStatus]:
         changes = self._services.engine.status_changes()
-        status = await anext(changes)
+        await anext(changes)
         newer = asyncio.ensure_future(anext(changes))
         try:
-            while not self._is_startup_over(status):
-                yield self._startup(status)
+            while (startup := self._startup()).state not in STARTUP_ENDS:
+                yield startup
                 await asyncio.wait({newer}, timeout=WATCH_INTERVAL_S)
                 if newer.done():
-                    status = newer.result()
                     newer = asyncio.ensure_future(anext(changes))
-            yield self._startup(status)
+            yield startup
         finally:
             newer.cancel()
             with suppress(asyncio.CancelledError):
                 await newer
 
-    def _is_startup_over(self, status: EngineStatus) -> bool:
-        ends = (EngineState.READY, EngineState.FAILED, EngineState.STOPPED)
-        return status.state in ends or self._services.lifecycle.is_draining
-
-    def _startup(self, status: EngineStatus) -> pb.StartupStatus:
+    def _startup(self) -> pb.StartupStatus:
+        status = self._services.engine.status
         elapsed_s = self._services.lifecycle.elapsed_s
         return pb.StartupStatus(
             state=self._services.lifecycle.state,

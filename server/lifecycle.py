@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
@@ -41,8 +42,11 @@ STATES = {
 class Lifecycle:
     """Answers "what are you?" for every face: health, /readyz, the door, WatchStartup."""
 
-    def __init__(self, engine: EngineClient, started_s: float) -> None:
+    def __init__(
+        self, engine: EngineClient, started_s: float, has_text: Callable[[], bool]
+    ) -> None:
         self._engine = engine
+        self._has_text = has_text
         self._started_s = started_s
         self._is_draining = False
         self._is_closed = False
@@ -60,6 +64,8 @@ class Lifecycle:
         is_over = engine_state in (EngineState.STOPPED, EngineState.FAILED)
         if self._is_draining and not is_over:
             return pb.SERVER_STATE_DRAINING
+        if engine_state is EngineState.READY and not self._has_text():
+            return pb.SERVER_STATE_WARMING  # the tokenizer is still being read
         return STATES[engine_state]
 
     @property
@@ -79,7 +85,8 @@ class Lifecycle:
         if self._is_closed:
             raise Draining("the server is shutting down; send the request elsewhere")
         status = self._engine.status
-        if status.state is not EngineState.READY or status.facts is None:
+        is_ready = status.state is EngineState.READY and self._has_text()
+        if not is_ready or status.facts is None:
             wait_s = eta_s(status, self.elapsed_s)
             detail = status.reason or status.phase
             message = f"the model is not ready: {self.state_name}" + (
@@ -114,6 +121,13 @@ class Lifecycle:
             was = status.state
             self._note(status)
             await self.publish_readiness()
+
+    async def text_loaded(self) -> None:
+        """Where the engine was ready first, the server is ready only now."""
+        if self.is_ready and not self.ready_after_s:
+            self.ready_after_s = self.elapsed_s
+            self._note(self._engine.status)
+        await self.publish_readiness()
 
     def _note(self, status: EngineStatus) -> None:
         fields = {"state": self.state_name, "elapsed_s": round(self.elapsed_s, 3)}

@@ -2,7 +2,7 @@
 
 Knows the order of a boot and of an end. torch is never imported in this process.
 
-    ports bound -> health answers -> engine launched -> … -> READY -> SIGTERM -> drained -> exit 0
+    ports bound -> health answers -> engine adopted -> … -> READY -> SIGTERM -> drained -> exit 0
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..engine.client import EngineClient
-from ..engine.errors import PilotlightError, PortInUse, SetupError
-from ..engine.launch import Launch, launch_process
+from ..engine.errors import InvalidField, PilotlightError, PortInUse, SetupError
+from ..engine.launch import EngineLink, Launch, launch_process, linked
 from ..engine.logs import log_json_lines
+from ..engine.spawn import Spawned
 from ..engine.status import EngineState
 from ..proto import inference_pb2_grpc as pb_grpc
 from .admission import Admission, Pace
@@ -36,14 +37,14 @@ from .config import ServeConfig
 from .generation import ModelText, Services
 from .inference import Inference
 from .lifecycle import SERVICE_NAME, Lifecycle
-from .limits import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
+from .limits import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES, check_number
 from .metrics import EngineCollector, Metrics
 from .ops import LoopPulse, OpsApp, OpsServer
 from .requests import RequestTable
 from .terminal import follow_boot
 from .text.chat import load_chat_template
 from .text.tokenizer import load_tokenizer
-from .timeline import process_started_s, startup_json
+from .timeline import startup_json
 from .validation import SamplingDefaults
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Server:
             launch=launch or partial(launch_process, config.log_level),
             started_s=started_s,
         )
-        self.lifecycle = Lifecycle(self.engine, started_s)
+        self.text = ModelText()
+        self.lifecycle = Lifecycle(self.engine, started_s, lambda: self.text.is_loaded)
         self._metrics = Metrics()
         pace = Pace()
         self._admission = Admission(
@@ -88,7 +90,6 @@ class Server:
             self._metrics.refuse,
         )
         self.requests = RequestTable(num_threads=max(1, min(4, os.cpu_count() or 1)))
-        self.text = ModelText()
         self._loop_pulse = LoopPulse()
         self.engine.listen_steps(pace.hear)
         self.engine.listen_steps(self._metrics.hear)
@@ -164,10 +165,15 @@ class Server:
 
     async def _load_text(self) -> None:
         folder = Path(self._config.model)
-        self.text.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-        self.text.chat_template = await asyncio.to_thread(load_chat_template, folder)
+        try:
+            self.text.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+            self.text.chat_template = await asyncio.to_thread(load_chat_template, folder)
+        except SetupError as error:
+            self.engine.fail_setup(str(error))
+            return
         self.text.defaults = load_sampling_defaults(folder)
         self.text.is_loaded = True
+        await self.lifecycle.text_loaded()
 
     async def drain(self) -> None:
         """Readiness off, door shut, running streams finish or the time is over."""
@@ -213,13 +219,16 @@ def load_sampling_defaults(folder: Path) -> SamplingDefaults:
         found = json.loads(path.read_text(encoding="utf-8"))
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
         given = {name: found[name] for name in names if found.get(name) is not None}
-        return msgspec.convert(given, SamplingDefaults)
-    except (OSError, ValueError, AttributeError, msgspec.ValidationError):
+        defaults = msgspec.convert(given, SamplingDefaults)
+        for name in names:
+            check_number(f"sampling.{name}", getattr(defaults, name))
+        return defaults
+    except (OSError, ValueError, AttributeError, InvalidField):
         return SamplingDefaults()
 
 
-async def serve(config: ServeConfig, started_s: float) -> int:
-    server = Server(config, started_s)
+async def serve(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
+    server = Server(config, started_s, first_engine(spawned, config.log_level))
     terminate = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -243,6 +252,16 @@ async def serve(config: ServeConfig, started_s: float) -> int:
     return EXIT_SETUP if server.engine.failed_setup else EXIT_ENGINE_FAILED
 
 
+def first_engine(spawned: Spawned, log_level: str) -> Launch:
+    """Launches what was spawned before this module was imported; later engines are new ones."""
+    waiting = [spawned]
+
+    async def launch() -> EngineLink:
+        return await (linked(waiting.pop()) if waiting else launch_process(log_level))
+
+    return launch
+
+
 def _on_signal(number: signal.Signals, terminate: asyncio.Event) -> None:
     """The first asks for a drain; the second means now."""
     if terminate.is_set():
@@ -263,16 +282,17 @@ def announce(server: Server, config: ServeConfig) -> None:
     logger.info("ports are open", extra={"fields": fields})
 
 
-def main(config: ServeConfig) -> int:
+def run(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
     """Runs a server to its end; returns the exit code. Mistakes cost one line on stderr."""
-    started_s = process_started_s()
     level = "error" if sys.stderr.isatty() and config.log_level == "info" else config.log_level
     log_json_lines("front", level)
     try:
-        return uvloop.run(serve(config, started_s))
+        return uvloop.run(serve(config, started_s, spawned))
     except SetupError as error:
         print(f"pilotlight: {error}", file=sys.stderr)
         return EXIT_SETUP
     except PilotlightError as error:
         print(f"pilotlight: {error}", file=sys.stderr)
         return EXIT_ENGINE_FAILED
+    finally:
+        spawned.discard()

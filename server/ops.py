@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -20,6 +21,8 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from ..engine.errors import PortInUse
 
 LOOP_TIMEOUT_S = 10.0
+STOP_POLL_S = 0.05
+"""How often the thread looks whether to stop: the end of the server waits for it."""
 
 
 class LoopPulse:
@@ -114,7 +117,8 @@ class OpsServer:
         return self._server.server_address[1]
 
     def start(self) -> None:
-        threading.Thread(target=self._server.serve_forever, name="ops", daemon=True).start()
+        serve = partial(self._server.serve_forever, poll_interval=STOP_POLL_S)
+        threading.Thread(target=serve, name="ops", daemon=True).start()
 
     def stop(self) -> None:
         self._server.shutdown()

@@ -19,6 +19,9 @@ from grpc_status import rpc_status
 from ..engine import errors
 
 DOMAIN = "pilotlight"
+MAX_TEXT_BYTES = 600
+"""Of each text in a status. Statuses travel as metadata, of which clients take 8 KiB in all: one
+that quoted a caller's long value in full would never arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def status_of(error: Exception) -> Status:
     for kind in type(error).__mro__:
         if kind in CODES:
             code, reason = CODES[kind]
-            return _status(_code_of(error, code), reason, str(error), error)
+            return _status(_code_of(error, code), reason, _bounded(str(error)), error)
     message = "an internal error; the server's log has the details"
     return _status(grpc.StatusCode.INTERNAL, "INTERNAL", message, error)
 
@@ -62,31 +65,36 @@ def _code_of(error: Exception, code: grpc.StatusCode) -> grpc.StatusCode:
 
 def _status(code: grpc.StatusCode, reason: str, message: str, error: Exception) -> Status:
     number = int(code.value[0])
-    packed = [_packed(detail) for detail in _details(reason, error)]
+    packed = [_packed(detail) for detail in _details(reason, message, error)]
     status = rpc_status.to_status(status_pb2.Status(code=number, message=message, details=packed))
     return Status(code, message, tuple(status.trailing_metadata))
 
 
-def _details(reason: str, error: Exception) -> list[Message]:
+def _details(reason: str, message: str, error: Exception) -> list[Message]:
     info = details.ErrorInfo(reason=reason, domain=DOMAIN)
     found: list[Message] = [info]
     match error:
         case errors.InvalidField():
             violation = details.BadRequest.FieldViolation(
-                field=error.field, description=str(error), reason=reason
+                field=error.field, description=message, reason=reason
             )
-            info.metadata.update(field=error.field, value=error.value, limit=error.limit)
+            limit = _bounded(error.limit)
+            info.metadata.update(field=error.field, value=error.value, limit=limit)
             found.append(details.BadRequest(field_violations=[violation]))
         case errors.QueueFull():
-            violation_of = details.QuotaFailure.Violation(
-                subject=error.quota, description=str(error)
-            )
+            violation_of = details.QuotaFailure.Violation(subject=error.quota, description=message)
             found.append(details.QuotaFailure(violations=[violation_of]))
         case errors.EngineDied():
             info.metadata["tokens_sent"] = str(error.num_tokens_sent)
     if isinstance(error, errors.CapacityError):
         found.append(details.RetryInfo(retry_delay=_duration(error.retry_after_s)))
     return found
+
+
+def _bounded(text: str) -> str:
+    data = text.encode(errors="replace")
+    is_long = len(data) > MAX_TEXT_BYTES
+    return data[:MAX_TEXT_BYTES].decode(errors="ignore") + "..." * is_long
 
 
 def _packed(detail: Message) -> Any:

@@ -159,6 +159,11 @@ class FakeLink:
             self.say(record)
         return record
 
+    def release(self) -> None:
+        """A held engine runs by itself from now on."""
+        self.is_held = False
+        self._has_work.set()
+
     def beat(self, pulse: int = 0) -> None:
         statistics = self.core.statistics()
         live = self.core.live_request_ids()

@@ -21,6 +21,16 @@ from pilotlight.tests.fake_engine import FakeEngine
 
 LIMIT_S = 20.0
 """Every wait in a test ends: a hang is a failure, not a stuck run."""
+TEST_LIMIT_S = 60.0
+"""The same for all that a test does with its server."""
+
+DEFAULTS = {
+    "port": 0,
+    "ops_port": 0,
+    "restart_backoff": 0.0,
+    # A fake engine beats only when told to; a busy machine must not make it look stalled.
+    "heartbeat_timeout": 3600.0,
+}
 
 
 class Served:
@@ -51,18 +61,18 @@ async def served(
 ) -> AsyncIterator[Served]:
     """A server with `options` of ServeConfig; READY and with its text loaded unless told not to."""
     engine = engine or FakeEngine()
-    config = ServeConfig(**{"port": 0, "ops_port": 0, "restart_backoff": 0.0, **options})
-    server = Server(config, time.monotonic(), engine.launch)
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        handle = Served(server, engine, channel)
-        try:
-            if is_ready:
-                await handle.wait_state(EngineState.READY)
-                await handle.until(lambda: server.text.is_loaded)
-            yield handle
-        finally:
-            await server.stop()
+    server = Server(ServeConfig(**{**DEFAULTS, **options}), time.monotonic(), engine.launch)
+    async with asyncio.timeout(TEST_LIMIT_S):
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            handle = Served(server, engine, channel)
+            try:
+                if is_ready:
+                    await handle.wait_state(EngineState.READY)
+                    await handle.until(lambda: server.text.is_loaded)
+                yield handle
+            finally:
+                await server.stop()
 
 
 def ids_request(ids: list[int], max_tokens: int = 8, **fields: Any) -> pb.GenerateRequest:

@@ -7,6 +7,7 @@ nothing but the messages, and its output is bounded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...engine.errors import CheckpointError, InvalidField
+from ..limits import MAX_MESSAGE_BYTES, Size
+
+MAX_PROMPT_CHARS = 2 * MAX_MESSAGE_BYTES
 
 
 class TemplateRefusal(TemplateError):
@@ -35,27 +39,34 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Raises InvalidField where the template refuses the messages or fails on them."""
+        pieces = self._template.generate(
+            messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
+        )
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            return "".join(_bounded(pieces))
         except Exception as error:
             limit = f"the model's chat template refuses them: {error}"
-            raise InvalidField("chat.messages", f"{len(messages)} messages", limit) from error
+            size = Size(len(messages), "messages")
+            raise InvalidField("chat.messages", size, limit) from error
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    num_chars = 0
+    for piece in pieces:
+        num_chars += len(piece)
+        if num_chars > MAX_PROMPT_CHARS:
+            raise TemplateRefusal(f"its output is longer than {MAX_PROMPT_CHARS} characters")
+        yield piece
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
     """From chat_template.jinja or tokenizer_config.json; None where the model has none."""
     config = _tokenizer_config(folder)
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if not isinstance(source, str):
-        return None
     try:
-        return ChatTemplate(source, _special_tokens(config))
-    except TemplateError as error:
+        source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+        return ChatTemplate(source, _special_tokens(config)) if isinstance(source, str) else None
+    except (OSError, ValueError, TemplateError) as error:
         raise CheckpointError(f"the chat template in {folder} cannot be read: {error}") from error
 
 
@@ -65,7 +76,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     return config if isinstance(config, dict) else {}
 

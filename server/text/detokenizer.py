@@ -13,7 +13,8 @@ from .tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_UNREAD_TOKENS = 8
-"""A character has at most four bytes, so at most four tokens: what is longer is not UTF-8."""
+"""A character has at most four bytes, so at most four tokens: what stays open for longer is not
+UTF-8, and is shown as it is but for its end, which may yet begin a character."""
 
 
 class Detokenizer:
@@ -23,25 +24,28 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._context: list[int] = []
-        self._context_text = ""
+        self._num_shown = 0
+        """Characters of context and unread that were given out."""
         self._unread: list[int] = []
 
     def feed(self, token_ids: list[int]) -> str:
         """Text that is complete with these tokens; may be empty."""
-        self._unread += token_ids
-        text = self._decode(self._context + self._unread)
-        is_whole = not text.endswith(REPLACEMENT) or len(self._unread) > MAX_UNREAD_TOKENS
-        return self._take(text) if is_whole else ""
+        return "".join(map(self._feed_one, token_ids))
 
     def finish(self) -> str:
         """The rest, with U+FFFD for what is no character."""
-        return self._take(self._decode(self._context + self._unread)) if self._unread else ""
+        return self._decode(self._context + self._unread)[self._num_shown :]
 
-    def _take(self, text: str) -> str:
-        new = text[len(self._context_text) :]
-        if new or len(self._unread) > MAX_UNREAD_TOKENS:
+    def _feed_one(self, token_id: int) -> str:
+        self._unread.append(token_id)
+        text = self._decode(self._context + self._unread)
+        is_open, is_long = text.endswith(REPLACEMENT), len(self._unread) > MAX_UNREAD_TOKENS
+        if is_open and not is_long:
+            return ""
+        new = text.removesuffix(REPLACEMENT)[self._num_shown :]
+        if new or is_long:
             self._context, self._unread = self._unread, []
-            self._context_text = self._decode(self._context)
+            self._num_shown = len(self._decode(self._context).removesuffix(REPLACEMENT))
         return new
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -21,7 +21,8 @@ class StopStrings:
         if not self._strings or self.matched is not None:
             return text if self.matched is None else ""
         text = self._held + text
-        found = [(text.find(s), -len(s), s) for s in self._strings if s in text]
+        # The one that is complete first, so that it does not matter how the text was cut.
+        found = [(text.find(s) + len(s), -len(s), s) for s in self._strings if s in text]
         if found:
             return self._stop_at(text, *min(found))
         kept = len(text) - self._num_undecided(text)
@@ -33,9 +34,9 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _stop_at(self, text: str, index: int, _: int, string: str) -> str:
+    def _stop_at(self, text: str, end: int, _: int, string: str) -> str:
         self.matched, self._held = string, ""
-        return text[: index + len(string)] if self._include else text[:index]
+        return text[:end] if self._include else text[: end - len(string)]
 
     def _num_undecided(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from pilotlight.engine.client import EngineClient, SupervisionPolicy
-from pilotlight.engine.config import EngineConfig
+from pilotlight.engine import client as client_module
+from pilotlight.engine.client import EngineClient
+from pilotlight.engine.config import EngineConfig, SupervisionPolicy
 from pilotlight.engine.errors import DuplicateRequest, EngineDied, NotReady
 from pilotlight.engine.messages import Abort, FinishReason, Submit
 from pilotlight.engine.sampling_params import SamplingParams
@@ -190,6 +191,33 @@ async def test_a_mistake_in_the_setup_is_not_tried_again() -> None:
         assert (status.state, status.reason) == (EngineState.FAILED, "no such folder")
         assert b.client.failed_setup
         assert len(b.engine.links) == 1
+
+
+async def test_a_stop_during_the_launch_does_not_wait_for_the_boot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "STOP_TIMEOUT_S", 3600.0)
+    b = Bench(FakeEngine(boots=False))
+    b.client.start()
+    async with asyncio.timeout(LIMIT_S):
+        await b.client.stop()
+    assert b.client.status.state is EngineState.STOPPED
+
+
+@pytest.mark.parametrize("is_between_engines", [False, True])
+async def test_a_mistake_that_the_front_found_ends_the_engine_for_good(
+    is_between_engines: bool,
+) -> None:
+    async with started(FakeEngine(boots=False), restart_backoff_s=0.01) as b:
+        await b.until(lambda: b.client.status.phase == "check")
+        if is_between_engines:
+            b.engine.link.end("exit code 1")
+            await b.until(lambda: b.client.status.num_restarts == 1)
+        b.client.fail_setup("tokenizer.json is broken")
+        async with asyncio.timeout(LIMIT_S):
+            status = await b.client.wait_ended()
+        assert (status.state, status.reason) == (EngineState.FAILED, "tokenizer.json is broken")
+        assert b.client.failed_setup
 
 
 # ---- deaths ----------------------------------------------------------------------------------

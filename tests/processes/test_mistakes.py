@@ -85,6 +85,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
         "surplus",
     ),
     "wrong shape": (lambda f: _edit_tensors(f, _reshape), "model.norm.weight"),
+    # Found by the front, while the engine loads.
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    "broken chat template": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for %}"),
+        "chat template",
+    ),
 }
 
 
