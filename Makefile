@@ -52,7 +52,8 @@ $(VENV)/.dev: $(SOURCES)
 install:
 	@test -x $(BIN)/python || (echo "pilotlight: making $(VENV)"; $(PYTHON) -m venv $(VENV))
 	@echo "pilotlight: installing (torch is about 200 MB; the native kernels are compiled)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(WHAT)' 2>&1 | grep -v 'is ignored' || true
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(WHAT)' \
+		> $(VENV)/install.log 2>&1 || (cat $(VENV)/install.log; exit 1)
 	@$(BIN)/python -c 'import pilotlight, torch'
 	@mkdir -p $(VENV)/source && ln -sfn ../.. $(VENV)/source/pilotlight
 	@touch $(STAMP)
