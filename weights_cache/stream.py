@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .arena import Arena
 from .manifest import Manifest, TensorSpan
 
 TORCH_DTYPES = {
@@ -19,6 +20,20 @@ TORCH_DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
+
+
+class MappedArena:
+    """The tensors of an artefact by name: views of one read-only mapping, none of them copied."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._mapping = arena.map()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored = self._arena.tensors[name]
+        dtype = TORCH_DTYPES[stored.dtype]
+        num_items = stored.num_bytes // dtype.itemsize
+        return _view(self._mapping, dtype, num_items, stored.offset).view(stored.shape)
 
 
 class MappedWeights:
@@ -39,11 +54,7 @@ class MappedWeights:
         if span.start % dtype.itemsize:
             # torch reads such a buffer, but vector loads of some kernels would not.
             return self._copied(mapping, span, dtype)
-        with warnings.catch_warnings():
-            # torch warns that the buffer is read-only; that is the point of it.
-            warnings.simplefilter("ignore", UserWarning)
-            flat = torch.frombuffer(mapping, dtype=dtype, count=num_items, offset=span.start)
-        return flat.view(span.shape)
+        return _view(mapping, dtype, num_items, span.start).view(span.shape)
 
     def _copied(self, mapping: mmap.mmap, span: TensorSpan, dtype: torch.dtype) -> torch.Tensor:
         data = bytearray(mapping[span.start : span.end])
@@ -54,3 +65,10 @@ class MappedWeights:
             with span.file.open("rb") as file:
                 self._mappings[span.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._mappings[span.file]
+
+
+def _view(mapping: mmap.mmap, dtype: torch.dtype, num_items: int, offset: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # torch warns that the buffer is read-only; that is the point of it.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(mapping, dtype=dtype, count=num_items, offset=offset)

@@ -1,0 +1,44 @@
+"""The pages of a mapping: brought in with an error where a touch would be a SIGBUS.
+
+The one place that calls the C library. Knows mappings; nothing of what lies in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+MADV_POPULATE_READ = 22
+"""Linux 5.14."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class _BufferHead(ctypes.Structure):
+    """The start of CPython's Py_buffer, and room for its rest."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("rest", ctypes.c_byte * 128))
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    """Where it lies, read-only mappings too; valid until the mapping is closed."""
+    head = _BufferHead()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapping), ctypes.byref(head), 0)
+    address = int(head.address or 0)
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(head))
+    return address
+
+
+def populate(mapping: mmap.mmap, offset: int, num_bytes: int) -> bool:
+    """Reads and maps the pages while other threads run. False: this system has no such call.
+
+    Raises OSError for pages that cannot be read: a bad disk, a file that became shorter.
+    """
+    start = ctypes.c_void_p(address_of(mapping) + offset)
+    if _LIBC.madvise(start, ctypes.c_size_t(num_bytes), MADV_POPULATE_READ) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code))
