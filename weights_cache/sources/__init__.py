@@ -1,0 +1,1 @@
+"""Where a checkpoint can come from; every place answers as `source.Source`."""
