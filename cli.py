@@ -33,6 +33,23 @@ examples:
   pilotlight generate --chat "What is a pilot light?" --temperature 0
 """
 
+ADMIN_EPILOG = """\
+orders:
+  load [MODEL]   STANDBY -> READY: load this folder (default: the server's own MODEL, else the demo)
+  unload         READY or SLEEPING -> STANDBY: give the memory back, forget the model
+  sleep          READY -> SLEEPING: give the memory back, remember the model
+  wake           SLEEPING -> READY: load it again
+
+a warm pool, by hand:
+  pilotlight serve --standby --admin-port 50052 &
+  pilotlight admin load /models/qwen2-0.5b --target 127.0.0.1:50052
+  pilotlight admin sleep --target 127.0.0.1:50052
+
+Each order returns when it is done; leaving earlier (--timeout, ^C) does not stop it. Requests that
+run when their model is unloaded or put to sleep end as aborted. Exit codes: 0 done, 1 refused or
+failed, 2 a mistake in the command.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
@@ -61,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_generate(commands)
+    _add_admin(commands)
     _add_cache(commands)
     _add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what is in use on this machine, and why")
@@ -188,6 +206,48 @@ def _request(arguments: argparse.Namespace) -> Any:
     request.stop.strings.extend(arguments.stop)
     request.stop.ignore_eos = arguments.ignore_eos
     return request
+
+
+# ---- admin -----------------------------------------------------------------------------------
+
+
+def _add_admin(commands: Any) -> None:
+    admin = commands.add_parser(
+        "admin",
+        help="load, unload, put to sleep or wake the model of a running server",
+        description="Order the model of a server that runs with --admin-port.",
+        epilog=ADMIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = admin.add_argument
+    add("order", choices=("load", "unload", "sleep", "wake"), metavar="ORDER", help="see below")
+    add("model", nargs="?", default="", metavar="MODEL", help="only for load: a checkpoint folder")
+    add("--target", required=True, metavar="HOST:PORT", help="the server's admin port")
+    add("--model-name", default="", metavar="NAME", help="load: name that clients may ask for")
+    add("--max-model-len", type=int, metavar="TOKENS", help="load: most tokens of one sequence")
+    add("--dtype", metavar="DTYPE", help="load: of weights and cache")
+    add("--kv-cache-bytes", metavar="BYTES", help="load: memory of the KV cache, as 4GiB")
+    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="(default: %(default)g)")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    admin.set_defaults(command=_admin)
+
+
+def _admin(arguments: argparse.Namespace) -> int:
+    given = vars(arguments)
+    names = ("model_name", "max_model_len", "dtype", "kv_cache_bytes")
+    options = {name: given[name] for name in names if given[name] not in (None, "")}
+    if arguments.order != "load" and (arguments.model or options):
+        raise ConfigError(f"{arguments.order} takes no model: it is about the one that is there")
+    if "kv_cache_bytes" in options:
+        from .server.config import size_bytes
+
+        options["kv_cache_bytes"] = size_bytes("--kv-cache-bytes", options["kv_cache_bytes"])
+    from .client.admin import give_order
+
+    as_json, timeout_s = arguments.json, arguments.timeout
+    return give_order(
+        arguments.target, arguments.order, arguments.model, options, as_json, timeout_s
+    )
 
 
 # ---- the others ------------------------------------------------------------------------------

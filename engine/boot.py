@@ -6,6 +6,7 @@ breath (`TorchImport`), while files are looked at and bytes move.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from . import target
 from .config import EngineConfig
 from .core import EngineCore
-from .errors import EngineError
+from .errors import BadArtefact, EngineError
 from .found_weights import FoundWeights, find_weights
 from .lean_torch import import_torch
 from .messages import FinishReason, ModelFacts, Submit
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]
 """phase, bytes done, bytes in all, detail."""
@@ -27,10 +30,11 @@ Report = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Booted:
-    """An engine that has generated a token."""
+    """An engine that has generated a token, and what its weights rest on."""
 
     core: EngineCore
     facts: ModelFacts
+    weights: FoundWeights
 
 
 class TorchImport:
@@ -78,14 +82,31 @@ def boot(
     """
     torch_import = torch_import or TorchImport()
     report("check", 0, 0, "")
+    try:
+        return _boot(config, torch_import, report, pulse)
+    except BadArtefact as error:
+        # It was condemned when it was found out: what is left is the checkpoint.
+        logger.warning("%s; the checkpoint itself is loaded", error)
+        return _boot(config, torch_import, report, pulse)
+
+
+def _boot(
+    config: EngineConfig, torch_import: TorchImport, report: Report, pulse: Callable[[], None]
+) -> Booted:
     weights = find_weights(config)
-    weights.start_moving()
-    report("import_torch", 0, 0, "")
-    torch_import.wait()
-    core, facts = _core(config, weights, report, pulse)
-    report("warm", 0, 0, "")
-    warm(core)
-    return Booted(core, facts)
+    try:
+        weights.start_moving()
+        report("import_torch", 0, 0, "")
+        torch_import.wait()
+        core, facts = _core(config, weights, report, pulse)
+        report("warm", 0, 0, "")
+        warm(core)
+        report("verify", 0, 0, config.verify)
+        weights.finish_verifying()
+    except BaseException:
+        weights.close()
+        raise
+    return Booted(core, facts, weights)
 
 
 def _core(

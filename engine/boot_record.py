@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from .messages import Progress, Ready
+from .messages import Progress, Ready, Standby
 from .status import EngineState, EngineStatus, PhaseSpan
 
 LAUNCH_PHASE = "start_engine"
 """From launch to the engine's first word: the interpreter starts and imports the plain modules."""
+
+ACCEPT_PHASE = "accept"
+"""From the ask for a model to the first word of the engine that stood by."""
+UNLOAD_PHASE = "unload"
 
 LOADING_PHASES = frozenset({"load_weights", "bind_kernels", "allocate_kv"})
 WARMING_PHASES = frozenset({"warm"})
@@ -21,6 +25,40 @@ def launched(status: EngineStatus, at_s: float) -> EngineStatus:
         phase=LAUNCH_PHASE,
         phase_started_s=at_s,
         phases=status.phases if status.num_restarts == 0 else (),
+        asked_s=0.0 if status.num_restarts == 0 else at_s,
+        num_restarts=status.num_restarts,
+    )
+
+
+def asked_to_load(status: EngineStatus, at_s: float) -> EngineStatus:
+    """An engine that stood by is to load a model: a boot of its own, with its own phases."""
+    return _asked(status, EngineState.LOADING, ACCEPT_PHASE, at_s)
+
+
+def asked_to_unload(status: EngineStatus, at_s: float) -> EngineStatus:
+    """Not ready from this moment; the memory is back when the engine stands by."""
+    return _asked(status, EngineState.STARTING, UNLOAD_PHASE, at_s)
+
+
+def _asked(status: EngineStatus, state: EngineState, phase: str, at_s: float) -> EngineStatus:
+    return EngineStatus(
+        state=state,
+        phase=phase,
+        phase_started_s=at_s,
+        asked_s=at_s,
+        num_restarts=status.num_restarts,
+    )
+
+
+def stood_by(
+    status: EngineStatus, message: Standby, resting: EngineState, at_s: float
+) -> EngineStatus:
+    """The engine is there without a model; `resting` is STANDBY or SLEEPING."""
+    return EngineStatus(
+        state=resting,
+        reason=message.reason,
+        phases=(*status.phases, _span(status, at_s)) if status.phase else status.phases,
+        asked_s=status.asked_s,
         num_restarts=status.num_restarts,
     )
 
@@ -30,7 +68,7 @@ def advanced(status: EngineStatus, progress: Progress, at_s: float) -> EngineSta
     if progress.phase != status.phase:
         status = replace(
             status,
-            state=_state_of(progress.phase),
+            state=_state_in(progress.phase, status.state),
             phases=(*status.phases, _span(status, at_s)),
             phase=progress.phase,
             phase_started_s=at_s,
@@ -58,7 +96,9 @@ def _span(status: EngineStatus, at_s: float) -> PhaseSpan:
     return PhaseSpan(status.phase, status.phase_started_s, at_s - status.phase_started_s)
 
 
-def _state_of(phase: str) -> EngineState:
+def _state_in(phase: str, before: EngineState) -> EngineState:
+    """A load from standby is LOADING from its first moment."""
     if phase in WARMING_PHASES:
         return EngineState.WARMING
-    return EngineState.LOADING if phase in LOADING_PHASES else EngineState.STARTING
+    is_loading = phase in LOADING_PHASES or before is EngineState.LOADING
+    return EngineState.LOADING if is_loading else EngineState.STARTING

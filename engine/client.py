@@ -3,6 +3,7 @@
 Knows the channel's messages and asyncio; knows no gRPC, no text and no torch.
 
     launch -> Boot -> Progress … Ready -> StepRecord, Heartbeat …   -> end of the channel
+                                 or Standby -> Boot … Unload …           |
                                                                          |
        ^---------- after a pause, if the policy restarts ---------------- +--> FAILED / STOPPED
 """
@@ -31,10 +32,13 @@ from .messages import (
     Output,
     Progress,
     Ready,
+    Standby,
     StepRecord,
     Stop,
     Submit,
+    Unload,
 )  # fmt: skip
+from .model_switch import ModelSwitch, Order, check_order
 from .status import EngineState, EngineStatus, PhaseSpan
 from .streams import OutputStream
 from .watchdog import Watchdog
@@ -44,7 +48,10 @@ logger = logging.getLogger(__name__)
 FRONT_PHASE = "open_ports"
 """From process start to the engine's launch."""
 STOP_TIMEOUT_S = 3.0
+UNLOAD_TIMEOUT_S = 30.0
+"""An engine that is silent for longer while it should unload is taken for stalled."""
 LOST = "the engine process ended"
+UNLOADED = "the model was unloaded"
 LASTING_BOOT_S = 60.0
 """An engine that was ready for this long is a new chance: earlier restarts are forgotten."""
 
@@ -61,7 +68,7 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
         started_s: float | None = None,
     ) -> None:
-        self._config = config
+        self._switch = ModelSwitch(config)
         self._policy = policy
         self._launch = launch
         self._clock = clock
@@ -136,6 +143,50 @@ class EngineClient:
         if self._link:
             self._link.send(abort)
 
+    # ---- models come and go ------------------------------------------------------------------
+
+    async def load(self, config: EngineConfig) -> None:
+        """From STANDBY to READY. Raises WrongState, SetupError (on standby again) or EngineDied."""
+        check_order(Order.LOAD, self.status.state)
+        await self._load(self._switch.load(config))
+
+    async def wake(self) -> None:
+        """From SLEEPING to READY, as `load`; where the model is ready there is nothing to do."""
+        check_order(Order.WAKE, self.status.state)
+        if self.status.state is EngineState.SLEEPING:
+            await self._load(self._switch.wake())
+
+    async def unload(self) -> None:
+        """To STANDBY; live streams end as aborted. Raises WrongState or EngineDied."""
+        await self._rest(Order.UNLOAD)
+
+    async def sleep(self) -> None:
+        """To SLEEPING: as `unload`, but `wake` brings the same model back."""
+        await self._rest(Order.SLEEP)
+
+    async def _load(self, done: asyncio.Future[None]) -> None:
+        self._show(boot_record.asked_to_load(self.status, self._elapsed_s()))
+        self._send(Boot(self._switch.wanted))
+        await asyncio.shield(done)
+
+    async def _rest(self, order: Order) -> None:
+        check_order(order, self.status.state)
+        forgets = order is Order.UNLOAD
+        if self.status.state is not EngineState.READY:  # the engine holds no model
+            if forgets:
+                self._switch.forget()
+            self._show(replace(self.status, state=self._switch.resting))
+            return
+        done = self._switch.unload(forgets)
+        self._watchdog = Watchdog(self._clock(), UNLOAD_TIMEOUT_S, UNLOAD_TIMEOUT_S)
+        self._show(boot_record.asked_to_unload(self.status, self._elapsed_s()))
+        self._send(Unload())
+        await asyncio.shield(done)
+
+    def _send(self, message: Boot | Unload) -> None:
+        if self._link:
+            self._link.send(message)
+
     # ---- life --------------------------------------------------------------------------------
 
     def fail_setup(self, reason: str) -> None:
@@ -201,6 +252,7 @@ class EngineClient:
     def _end(self, state: EngineState, reason: str) -> None:
         self._show(replace(self.status, state=state, reason=reason))
         self._fail_streams(reason)
+        self._switch.over(reason)
 
     def _fail_streams(self, reason: str) -> None:
         streams, self._streams = self._streams, {}
@@ -215,7 +267,7 @@ class EngineClient:
         link = self._link = await self._launch()
         if self.failed_setup or self._stop_asked.is_set():  # meanwhile: it is not to boot
             link.kill()
-        link.send(Boot(self._config))
+        link.send(Boot(self._switch.wanted))
         judge = asyncio.create_task(self._judge(link), name="engine-judge")
         try:
             async for message in link.messages():
@@ -225,10 +277,13 @@ class EngineClient:
             # The channel is closed but a process may hang on: none may hold the device.
             link.kill()
             self._link = self._watchdog = None
-            stall_reason = self.status.reason
+            is_stalled = self.status.state is EngineState.STALLED
+            stall_reason = self.status.reason if is_stalled else ""
             self._show(replace(self.status, state=EngineState.STARTING, reason=LOST, facts=None))
             exit_reason = await link.wait()
-        return self._failure.reason if self._failure else stall_reason or exit_reason
+            reason = self._failure.reason if self._failure else stall_reason or exit_reason
+            self._switch.lost(reason)
+        return reason
 
     # ---- messages ----------------------------------------------------------------------------
 
@@ -250,8 +305,18 @@ class EngineClient:
                     self._clock(), policy.heartbeat_timeout_s, policy.progress_timeout_s
                 )
                 self._show(boot_record.ready(self.status, message, at_s - self._started_s))
+                self._switch.ready()
+            case Standby():
+                self._rested(message)
             case Failed():
                 self._failure = message
+
+    def _rested(self, message: Standby) -> None:
+        self._watchdog = None  # without a model an engine has nothing to say
+        self._switch.stood_by(message.reason)
+        at_s = message.at_s - self._started_s
+        self._show(boot_record.stood_by(self.status, message, self._switch.resting, at_s))
+        self._fail_streams(UNLOADED)
 
     def _take_record(self, record: StepRecord) -> None:
         for listener in self._step_listeners:

@@ -20,6 +20,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     num_threads: int = 0
     heartbeat_interval_s: float = 0.25
+    cache: str = ""
+    """Root of the weights cache; empty: none is read or written."""
+    verify: str = "full"
+    """Of an artefact's chunks: full: before READY; lazy: behind it; off."""
 
 
 class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ PilotlightError
 │   ├── UnknownModel
 │   ├── DuplicateRequest
 │   ├── DeadlineExpired
-│   └── RequestCancelled
+│   ├── RequestCancelled
+│   └── WrongState          an operator's order that the server's state does not allow
 ├── CapacityError           the moment; the same request may succeed later or elsewhere
 │   ├── QueueFull
 │   ├── NotReady
@@ -62,6 +63,18 @@ class DeadlineExpired(RequestError):
 
 class RequestCancelled(RequestError):
     """The caller cancelled the request, or went away."""
+
+
+class WrongState(RequestError):
+    """The server's state does not allow what an operator ordered; the message says what it does."""
+
+    def __init__(self, order: str, state: str, allowed: list[str]) -> None:
+        self.state = state
+        self.allowed = allowed
+        ways = (
+            f"it allows {', '.join(allowed)}" if allowed else "it allows no order; wait for its end"
+        )
+        super().__init__(f"{order} is not possible in state {state}: {ways}")
 
 
 class CapacityError(PilotlightError):

@@ -1,55 +1,128 @@
-"""What there is to load a model from. Decided from headers and names, before torch is there.
+"""What there is to load a model from: its checkpoint, and perhaps its artefact in the cache.
 
-Knows files; knows no tensors.
+Decided from headers and names, before torch is there. Holds the artefact's lease and verification
+for as long as the engine uses it. Knows files, hashes and the store; knows no tensors.
+
+    artefact known   mapped, leased, verified while torch is imported
+    not known        the checkpoint's own bytes; the artefact is written behind READY
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..kernels.layout_names import LAYOUT_VERSION
+from ..weights_cache.artefacts import LeasedArena
+from ..weights_cache.keys import artefact_key
 from ..weights_cache.manifest import Manifest, read_manifest
+from ..weights_cache.store import Store
+from ..weights_cache.verify import Verification
 from .config import EngineConfig
 from .models.config import ModelConfig, read_model_config
 from .models.names import check_tensors
 from .target import Target, choose_target
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(slots=True)
 class FoundWeights:
-    """`origin` says where the weights come from."""
+    """`leased` is None when the checkpoint itself is read; `origin` says which, and why."""
 
     model: ModelConfig
     manifest: Manifest
     target: Target
     origin: str
+    leased: LeasedArena | None = None
+    verify: str = "off"
+    verification: Verification | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.manifest.num_bytes
+        return self.leased.arena.num_bytes if self.leased else self.manifest.num_bytes
 
     def start_moving(self) -> None:
-        """Asks the system to read ahead; it goes on by itself."""
-        for file in weight_files(self.manifest):
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+        """Brings the bytes in from storage, and hashes them as they come if asked to."""
+        if self.leased is None or self.verify == "off":
+            will_need([self.leased.path] if self.leased else weight_files(self.manifest))
+        else:
+            self.verification = self.leased.verification(on_failure=_told).start()
+
+    def finish_verifying(self) -> None:
+        """Raises BadArtefact. With `full`, every byte was hashed when this returns."""
+        if self.verification is not None and self.verify == "full":
+            self.verification.wait()
+
+    def check(self) -> None:
+        """Raises BadArtefact when a chunk hashed behind READY is not what was written."""
+        if self.verification is not None and self.verification.is_done:
+            self.verification.wait()
+            self.verification = None
+
+    def close(self) -> None:
+        if self.verification is not None:
+            self.verification.stop()
+        if self.leased is not None:
+            self.leased.close()
+
+
+def _told(error: Exception) -> None:
+    logger.error("%s", error)
 
 
 def find_weights(config: EngineConfig) -> FoundWeights:
-    """Raises CheckpointError or UnsupportedModel."""
+    """Raises CheckpointError or UnsupportedModel: the checkpoint is looked at in any case."""
     folder = Path(config.model)
     model, manifest = read_model_config(folder), read_manifest(folder)
     check_tensors(model, manifest)
     target = choose_target(config, model.checkpoint_dtype)
-    return FoundWeights(model, manifest, target, "checkpoint")
+    if not config.cache or target.device != "cpu":
+        return FoundWeights(model, manifest, target, "checkpoint (no cache)")
+    store = Store(Path(config.cache))
+    key = known_key(store, folder, manifest, target)
+    leased = store.find_arena(key) if key else None
+    origin = "artefact" if leased else "checkpoint (no artefact yet)"
+    return FoundWeights(model, manifest, target, origin, leased, config.verify)
+
+
+def known_key(store: Store, folder: Path, manifest: Manifest, target: Target) -> str | None:
+    """The artefact's name, if every file of the checkpoint was hashed before."""
+    digests: dict[str, str] = {}
+    for file in weight_files(manifest):
+        digest = store.digest_of(file)
+        if digest is None:
+            return None
+        digests[file.name] = digest
+    return key_of(digests, folder, target)
+
+
+def key_of(digests: dict[str, str], folder: Path, target: Target) -> str:
+    return artefact_key(
+        digests,
+        config_digest=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        dtype=target.dtype,
+        quantisation="none",
+        layout_version=LAYOUT_VERSION,
+        target=target.name,
+    )
 
 
 def weight_files(manifest: Manifest) -> list[Path]:
     return sorted({span.file for span in manifest.tensors.values()})
+
+
+def will_need(files: list[Path]) -> None:
+    """Asks the system to read ahead; it goes on by itself."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)

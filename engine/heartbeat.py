@@ -39,12 +39,17 @@ class Heart:
         self._interval_s = interval_s
         self._send = send
         self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._beat_until_stopped, name="heartbeat", daemon=True
+        )
 
     def start(self) -> None:
-        threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
+        """Returns after the last beat."""
         self._stopped.set()
+        self._thread.join()
 
     def beat(self) -> None:
         """Reads what the loop owns without a lock: each read is one call that cannot be torn."""

@@ -103,6 +103,8 @@ class Standby(msgspec.Struct, frozen=True, tag=True):
     """Everything but a model is there."""
 
     at_s: float
+    reason: str = ""
+    """Why the model that was asked for could not be loaded; the operator's to mend."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

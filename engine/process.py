@@ -7,7 +7,6 @@ asyncio, gRPC and text are unknown here.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import queue
@@ -17,14 +16,13 @@ import sys
 import threading
 
 from .channel import frame, reader_in_engine
+from .end_with_parent import end_with_parent
 from .errors import SetupError
 from .logs import log_json_lines
 from .messages import Failed, FromEngine, ToEngine
 from .service import Service
 
 logger = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1
 
 
 class Channel:
@@ -97,8 +95,7 @@ def outlive_nobody() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import time
 from typing import NoReturn, Protocol
 
 from .boot import Booted, TorchImport, boot, stand_by
+from .build_artefact import start_behind
 from .config import EngineConfig
-from .errors import EngineError
+from .errors import EngineError, SetupError
 from .heartbeat import Heart, Pulse
 from .messages import (
     Abort,
@@ -21,12 +22,12 @@ from .messages import (
     Progress,
     Ready,
     Standby,
-    StepRecord,
     Stop,
     Submit,
     ToEngine,
     Unload,
 )  # fmt: skip
+from .unload import give_memory_back
 
 PROGRESS_INTERVAL_S = 0.05
 
@@ -60,7 +61,10 @@ class Service:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self._report = Report(line)
         self._torch = TorchImport()
+        self._has_stood_by = False
+        """From then on a model that cannot be loaded is refused; it does not end the engine."""
         self._model: Booted | None = None
         self._heart: Heart | None = None
         self._pulse = Pulse()
@@ -68,15 +72,19 @@ class Service:
     def serve(self) -> NoReturn:
         """The loop: take what arrived, compute one batch, tell what came out."""
         while True:
-            core = self._model.core if self._model else None
-            has_work = core is not None and core.has_work
-            for message in self._line.take(block=not has_work):
+            for message in self._line.take(block=not self._has_work()):
                 self._obey(message)
-            if self._model is not None:
-                self._step(self._model)
+            self._step()
 
-    def _step(self, model: Booted) -> None:
-        record = model.core.step()
+    # No frame that lives on may hold the model while it is unloaded: its memory would stay.
+
+    def _has_work(self) -> bool:
+        return self._model is not None and self._model.core.has_work
+
+    def _step(self) -> None:
+        if self._model is not None:
+            self._model.weights.check()
+        record = self._model.core.step() if self._model else None
         if record is not None:
             self._line.send(record)
 
@@ -96,15 +104,29 @@ class Service:
     # ---- models come and go ------------------------------------------------------------------
 
     def _boot(self, config: EngineConfig) -> None:
-        """Raises SetupError or EngineError: an engine that cannot load ends."""
+        """Raises EngineError, or SetupError where the engine never stood by: it ends then."""
         if self._model is not None:
             raise EngineError("a Boot message while a model is loaded")
-        report = Report(self._line)
         if not config.model:
-            stand_by(self._torch, report)
-            self._line.send(Standby(time.monotonic()))
+            stand_by(self._torch, self._report)
+            self._stand_by()
+        elif self._has_stood_by:
+            self._try_load(config)
+        else:
+            self._load(config)
+
+    def _try_load(self, config: EngineConfig) -> None:
+        try:
+            self._load(config)
             return
-        self._model = boot(config, report, self._pulse, self._torch)
+        except SetupError as error:
+            reason = str(error)
+        # Only now: the error's traceback held whatever had been loaded.
+        give_memory_back()
+        self._stand_by(reason)
+
+    def _load(self, config: EngineConfig) -> None:
+        self._model = boot(config, self._report, self._pulse, self._torch)
         # What lives now lives until the next unload: keep the collector from walking it.
         gc.collect()
         gc.freeze()
@@ -113,19 +135,21 @@ class Service:
             self._model.core, self._pulse, config.heartbeat_interval_s, self._line.send
         )
         self._heart.start()
+        start_behind(config, self._model.weights)
 
     def _unload(self) -> None:
-        """The front has ended what was live; what is left here ends with its own record."""
-        if self._model is not None and self._heart is not None:
+        """What is still live ends with its own record; then weights and cache are gone."""
+        if self._heart is not None:
             self._heart.stop()
-            core = self._model.core
-            core.abort(core.live_request_ids())
-            self._tell_last(core.step())
-            self._model = self._heart = None
-            gc.unfreeze()
-            gc.collect()
-        self._line.send(Standby(time.monotonic()))
+            self._heart = None
+        if self._model is not None:
+            self._model.core.abort(self._model.core.live_request_ids())
+            self._step()
+            self._model.weights.close()
+            self._model = None
+            give_memory_back()
+        self._stand_by()
 
-    def _tell_last(self, record: StepRecord | None) -> None:
-        if record is not None:
-            self._line.send(record)
+    def _stand_by(self, reason: str = "") -> None:
+        self._has_stood_by = True
+        self._line.send(Standby(time.monotonic(), reason))

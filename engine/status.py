@@ -12,8 +12,8 @@ from .messages import EngineStatistics, ModelFacts
 class EngineState(StrEnum):
     """STARTING -> LOADING -> WARMING -> READY <-> STALLED; STOPPED or FAILED at the end.
 
-    STARTING -> STANDBY -> LOADING where a model comes later; READY -> STANDBY when it is unloaded,
-    READY -> SLEEPING when its memory is lent out.
+    STARTING -> STANDBY -> LOADING where a model comes later; READY -> STARTING -> STANDBY when it
+    is unloaded; READY -> STARTING -> SLEEPING -> LOADING when its memory is lent out.
     """
 
     STARTING = "starting"
@@ -34,13 +34,19 @@ class PhaseSpan(msgspec.Struct, frozen=True):
     started_s: float
     duration_s: float
 
+    @property
+    def ended_s(self) -> float:
+        return self.started_s + self.duration_s
+
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the front knows now. A new one is made at every change; nothing in it is mutated."""
 
     state: EngineState = EngineState.STARTING
     reason: str = ""
-    """Why STALLED, STOPPED or FAILED."""
+    """Why STALLED, STOPPED or FAILED; in STANDBY and SLEEPING, why the last load failed."""
+    asked_s: float = 0.0
+    """When this boot, load or unload was asked for; the first boot, with the process: 0."""
     phase: str = ""
     phase_started_s: float = 0.0
     detail: str = ""
@@ -51,3 +57,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     facts: ModelFacts | None = None
     statistics: EngineStatistics = EngineStatistics()
     num_restarts: int = 0
+
+    @property
+    def boot_s(self) -> float:
+        """From the ask to the end of the newest phase that ended."""
+        return self.phases[-1].ended_s - self.asked_s if self.phases else 0.0

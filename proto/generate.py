@@ -1,4 +1,4 @@
-"""Generates the stubs from inference.proto, or checks that those committed are what it would write.
+"""Generates the stubs from the .proto files, or checks that those committed are up to date.
 
 python -m pilotlight.proto.generate [--check]
 """
@@ -12,7 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py")
+CONTRACTS = ("inference", "admin")
+SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+NAMES = tuple(contract + suffix for contract in CONTRACTS for suffix in SUFFIXES)
 
 
 def generate(folder: Path) -> dict[str, str]:
@@ -27,7 +29,7 @@ def generate(folder: Path) -> dict[str, str]:
         f"--python_out={folder}",
         f"--pyi_out={folder}",
         f"--grpc_python_out={folder}",
-        "pilotlight/proto/inference.proto",
+        *(f"pilotlight/proto/{contract}.proto" for contract in CONTRACTS),
     ]
     if protoc.main(arguments) != 0:
         raise SystemExit("protoc failed")
@@ -40,7 +42,7 @@ def main() -> int:
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as folder:
         stubs = generate(Path(folder))
-    stale = [name for name, text in stubs.items() if (HERE / name).read_text() != text]
+    stale = [name for name, text in stubs.items() if _committed(name) != text]
     if check:
         if stale:
             print(f"{', '.join(stale)} out of date: run 'make proto'", file=sys.stderr)
@@ -48,6 +50,12 @@ def main() -> int:
     for name, text in stubs.items():
         (HERE / name).write_text(text)
     return 0
+
+
+def _committed(name: str) -> str:
+    """Empty where there is none yet."""
+    path = HERE / name
+    return path.read_text() if path.exists() else ""
 
 
 if __name__ == "__main__":

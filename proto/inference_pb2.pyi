@@ -26,6 +26,8 @@ class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SERVER_STATE_DRAINING: _ClassVar[ServerState]
     SERVER_STATE_STOPPED: _ClassVar[ServerState]
     SERVER_STATE_FAILED: _ClassVar[ServerState]
+    SERVER_STATE_STANDBY: _ClassVar[ServerState]
+    SERVER_STATE_SLEEPING: _ClassVar[ServerState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -40,6 +42,8 @@ SERVER_STATE_STALLED: ServerState
 SERVER_STATE_DRAINING: ServerState
 SERVER_STATE_STOPPED: ServerState
 SERVER_STATE_FAILED: ServerState
+SERVER_STATE_STANDBY: ServerState
+SERVER_STATE_SLEEPING: ServerState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "stop", "output", "cache_salt")
@@ -383,7 +387,7 @@ class WatchStartupRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StartupStatus(_message.Message):
-    __slots__ = ("state", "phase", "bytes_done", "bytes_total", "elapsed_s", "eta_s", "detail", "phases")
+    __slots__ = ("state", "phase", "bytes_done", "bytes_total", "elapsed_s", "eta_s", "detail", "phases", "since_ask_s")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -392,6 +396,7 @@ class StartupStatus(_message.Message):
     ETA_S_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_ASK_S_FIELD_NUMBER: _ClassVar[int]
     state: ServerState
     phase: str
     bytes_done: int
@@ -400,7 +405,8 @@ class StartupStatus(_message.Message):
     eta_s: float
     detail: str
     phases: _containers.RepeatedCompositeFieldContainer[Phase]
-    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., phase: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., detail: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ...) -> None: ...
+    since_ask_s: float
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., phase: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., detail: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., since_ask_s: _Optional[float] = ...) -> None: ...
 
 class Phase(_message.Message):
     __slots__ = ("name", "started_s", "duration_s")

@@ -138,7 +138,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchStartup(self, request, context):
-        """Streams the boot: phase, bytes, estimate; ends when the model is ready or has failed.
+        """Streams the boot: phase, bytes, estimate; ends when the model is ready or has failed. On standby
+        it stays open: the next boot is what it waits for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

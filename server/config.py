@@ -22,6 +22,7 @@ from ..engine.config import EngineConfig, SupervisionPolicy
 from ..engine.errors import ConfigError
 from ..engine.logs import LEVELS
 
+NO_CACHE = "off"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 
@@ -30,13 +31,17 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str = str(DEMO_MODEL)
     model_name: str = ""
+    standby: bool = False
     host: str = "127.0.0.1"
     port: int = 50051
     ops_host: str = ""
     ops_port: int = 9464
+    admin_port: int = -1
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0
+    cache: str = ""
+    verify: str = "full"
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
@@ -56,7 +61,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def engine(self) -> EngineConfig:
         return EngineConfig(
-            model=self.model,
+            model="" if self.standby else self.model,
             device=self.device,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
@@ -67,6 +72,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             prefix_cache=self.prefix_cache,
             num_threads=self.num_threads,
             heartbeat_interval_s=min(0.25, self.heartbeat_timeout / 4),
+            cache="" if self.cache == NO_CACHE else self.cache or str(cache_root()),
+            verify=self.verify,
         )
 
     def policy(self) -> SupervisionPolicy:
@@ -80,7 +87,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def served_name(self) -> str:
-        return self.model_name or Path(self.model).resolve().name
+        """Empty while there is no model."""
+        return "" if self.standby else self.model_name or Path(self.model).resolve().name
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,12 @@ OPTIONS = (
         "model_name", "model", "name that clients may ask for (default: the folder's name)", "NAME"
     ),
     Option(
+        "standby",
+        "model",
+        "start without a model, with everything else done: LoadModel on the admin port brings one "
+        "in little more than the time its bytes take",
+    ),
+    Option(
         "device",
         "model",
         "where to run; auto: CUDA if there is a usable device, else the CPU",
@@ -128,6 +142,19 @@ OPTIONS = (
         "CPU threads of the engine; 0: as many as torch chooses",
         "N",
         high=4096,
+    ),
+    Option(
+        "cache",
+        "model",
+        "folder of the weights cache, which later boots map; off: none "
+        "(default: $PILOTLIGHT_CACHE, else the user's cache folder)",
+        "DIR",
+    ),
+    Option(
+        "verify",
+        "model",
+        "hashes of an artefact's chunks: full: checked before READY; lazy: behind it; off",
+        choices=("full", "lazy", "off"),
     ),
     Option(
         "max_model_len",
@@ -166,6 +193,14 @@ OPTIONS = (
         "network",
         "HTTP port of /metrics /livez /readyz /startup; 0: a free one",
         "PORT",
+        high=65535,
+    ),
+    Option(
+        "admin_port",
+        "network",
+        "port on 127.0.0.1 for LoadModel, UnloadModel, Sleep and Wake; 0: a free one; -1: none",
+        "PORT",
+        low=-1,
         high=65535,
     ),
     Option(
@@ -250,7 +285,17 @@ def serve_config(flags: Mapping[str, Any], file: Path | None) -> ServeConfig:
             f"--max-batched-tokens is {config.max_batched_tokens}: it must be at least "
             f"--max-num-seqs ({config.max_num_seqs}), one token for each running sequence"
         )
+    if config.standby and config.model != ServeConfig().model:
+        raise ConfigError(f"--standby starts without a model, but MODEL is {config.model!r}")
+    if config.standby and config.admin_port < 0:
+        raise ConfigError("--standby needs --admin-port: nothing else can load a model")
     return config
+
+
+def loaded_config(config: ServeConfig, values: Mapping[str, Any]) -> ServeConfig:
+    """`config` as it would have been with these options and a model. Raises ConfigError."""
+    checked = {name: _checked(name, value) for name, value in values.items()}
+    return msgspec.structs.replace(config, **checked, standby=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

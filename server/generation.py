@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -24,12 +24,10 @@ from ..proto import inference_pb2 as pb
 from .admission import Admission, Place, estimated_tokens
 from .lifecycle import Lifecycle
 from .metrics import Metrics
+from .model_text import ModelText
 from .requests import RequestTable
 from .samples import Sample
-from .text.chat import ChatTemplate
-from .text.tokenizer import Tokenizer
 from .validation import (
-    SamplingDefaults,
     check_chat,
     check_ids,
     check_model_name,
@@ -40,39 +38,10 @@ from .validation import (
 )  # fmt: skip
 
 
-@dataclass(slots=True)
-class ModelText:
-    """What of the checkpoint the front reads: loaded in the background while ports are open."""
-
-    is_loaded: bool = False
-    tokenizer: Tokenizer | None = None
-    chat_template: ChatTemplate | None = None
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-
-    def encoder(self, field: str = "prompt", way_out: str = "send token_ids") -> Tokenizer:
-        """Raises NotReady, or InvalidField: `field` is what the text is needed for."""
-        if not self.is_loaded:
-            raise NotReady("the tokenizer is still loading")
-        if self.tokenizer is None:
-            raise InvalidField(field, "text", "this model has no tokenizer.json", way_out)
-        return self.tokenizer
-
-    def chat_prompt(self, chat: pb.Chat) -> str:
-        """The messages as the model wants to read them. Raises InvalidField."""
-        check_chat(chat)
-        if self.chat_template is None:
-            hint = "send text or token_ids"
-            raise InvalidField("chat", "given", "this model has no chat template", hint)
-        adds = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        messages = [{"role": m.role, "content": m.content} for m in chat.messages]
-        return self.chat_template.render(messages, adds)
-
-
 @dataclass(frozen=True, slots=True)
 class Services:
     """Everything a request needs; one for the whole server."""
 
-    model_name: str
     engine: EngineClient
     lifecycle: Lifecycle
     admission: Admission
@@ -118,6 +87,7 @@ class Generation:
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._samples: list[Sample] = []
+        self._edition = 0
         self.request_id = request.request_id or f"pl-{secrets.token_hex(8)}"
         self.seed = 0
         self.outcome = "cancelled"
@@ -138,6 +108,7 @@ class Generation:
                     for chunk in self._aborted_early():
                         yield chunk
                     return
+                self._check_same_model()
                 services.admission.correct(place, len(prompt_ids))
                 stream = services.engine.submit(self._submit(prompt_ids, params))
                 async for chunk in self._answer(stream, place):
@@ -151,7 +122,8 @@ class Generation:
 
     def _checked(self, facts: ModelFacts) -> SamplingParams:
         request, text = self._request, self._services.text
-        check_model_name(request.model, self._services.model_name)
+        self._edition = text.edition
+        check_model_name(request.model, text.name)
         check_ids(request)
         params = sampling_params(request, facts, text.defaults, secrets.randbits(64))
         options = text_options(request)
@@ -163,6 +135,11 @@ class Generation:
             Sample(self.request_id, i, options, text.tokenizer) for i in range(params.n)
         ]
         return params
+
+    def _check_same_model(self) -> None:
+        """Token ids mean nothing to another model than the one whose tokenizer made them."""
+        if self._services.text.edition != self._edition:
+            raise NotReady("the model was unloaded while the prompt was tokenised")
 
     def _admitted(self, params: SamplingParams, facts: ModelFacts) -> Place:
         estimate = self._estimated_prompt_tokens(facts)

@@ -7,27 +7,20 @@ operations otherwise.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-import grpc
-import grpc.aio
-
-from ..engine.errors import DeadlineExpired, EngineDied, InvalidField, PilotlightError
+from ..engine.errors import DeadlineExpired
 from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
 from .config import ServeConfig
 from .generation import Generation, Services
 from .limits import check_size
-from .statuses import status_of
+from .refusals import Context, abort, refusing
 from .timeline import eta_s
 from .validation import check_token_ids
-
-logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.25
 """WatchStartup speaks at least this often: a phase without bytes shows that time passes."""
@@ -39,7 +32,8 @@ STARTUP_ENDS = (
     pb.SERVER_STATE_DRAINING,
 )
 
-Context = grpc.aio.ServicerContext[Any, Any]
+RESTING = (pb.SERVER_STATE_STANDBY, pb.SERVER_STATE_SLEEPING)
+"""Nothing moves until somebody orders a model: what there is to say was said once."""
 
 
 class Inference(pb_grpc.InferenceServicer):
@@ -82,15 +76,15 @@ class Inference(pb_grpc.InferenceServicer):
                 yield
         except TimeoutError:
             generation.outcome = "deadline"
-            await _abort(context, DeadlineExpired("the deadline passed before the last token"))
+            await abort(context, DeadlineExpired("the deadline passed before the last token"))
         except Exception as error:
             generation.outcome = type(error).__name__
-            await _abort(context, error)
+            await abort(context, error)
         finally:
             self._services.metrics.requests.labels(generation.outcome.lower()).inc()
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        async with _refusing(context):
+        async with refusing(context):
             check_size("request_ids", len(request.request_ids))
         in_front = {i for i in request.request_ids if self._services.requests.abort(i)}
         in_engine = self._services.engine.abort(list(request.request_ids))
@@ -103,7 +97,7 @@ class Inference(pb_grpc.InferenceServicer):
     # ---- text --------------------------------------------------------------------------------
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        async with _refusing(context):
+        async with refusing(context):
             work = partial(self._tokenized, request)
             return pb.TokenizeResponse(token_ids=await self._services.requests.in_thread(work))
         raise AssertionError("abort always raises")
@@ -118,7 +112,7 @@ class Inference(pb_grpc.InferenceServicer):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
-        async with _refusing(context):
+        async with refusing(context):
             work = partial(self._detokenized, request)
             return pb.DetokenizeResponse(text=await self._services.requests.in_thread(work))
         raise AssertionError("abort always raises")
@@ -135,7 +129,7 @@ class Inference(pb_grpc.InferenceServicer):
         self, request: pb.GetModelInfoRequest, context: Context
     ) -> pb.GetModelInfoResponse:
         info = pb.GetModelInfoResponse(
-            name=self._services.model_name,
+            name=self._services.text.name,
             has_chat_template=self._services.text.chat_template is not None,
         )
         facts = self._services.engine.status.facts
@@ -194,7 +188,8 @@ class Inference(pb_grpc.InferenceServicer):
         try:
             while (startup := self._startup()).state not in STARTUP_ENDS:
                 yield startup
-                await asyncio.wait({newer}, timeout=WATCH_INTERVAL_S)
+                timeout_s = None if startup.state in RESTING else WATCH_INTERVAL_S
+                await asyncio.wait({newer}, timeout=timeout_s)
                 if newer.done():
                     newer = asyncio.ensure_future(anext(changes))
             yield startup
@@ -212,6 +207,7 @@ class Inference(pb_grpc.InferenceServicer):
             bytes_done=status.bytes_done,
             bytes_total=status.bytes_total,
             elapsed_s=elapsed_s,
+            since_ask_s=elapsed_s - status.asked_s,
             eta_s=eta_s(status, elapsed_s),
             detail=status.detail or status.reason,
             phases=[
@@ -231,26 +227,6 @@ def _add(chunk: pb.GenerateChunk, completion: pb.Completion) -> None:
             completion.stop_string = chunk.stop_string
         case "stop_token_id":
             completion.stop_token_id = chunk.stop_token_id
-
-
-@asynccontextmanager
-async def _refusing(context: Context) -> AsyncIterator[None]:
-    try:
-        yield
-    except Exception as error:
-        await _abort(context, error)
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    """Ends the call with the error's status; raises."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, PilotlightError):
-        logger.exception("a request failed for a reason of our own", exc_info=error)
-    elif not isinstance(error, InvalidField | EngineDied):
-        logger.info("refused: %s", error)
-    status = status_of(error)
-    await context.abort(status.code, status.message, status.trailing_metadata)
 
 
 def package_version() -> str:

@@ -33,9 +33,17 @@ STATES = {
     EngineState.LOADING: pb.SERVER_STATE_LOADING,
     EngineState.WARMING: pb.SERVER_STATE_WARMING,
     EngineState.READY: pb.SERVER_STATE_READY,
+    EngineState.STANDBY: pb.SERVER_STATE_STANDBY,
+    EngineState.SLEEPING: pb.SERVER_STATE_SLEEPING,
     EngineState.STALLED: pb.SERVER_STATE_STALLED,
     EngineState.STOPPED: pb.SERVER_STATE_STOPPED,
     EngineState.FAILED: pb.SERVER_STATE_FAILED,
+}
+
+
+WAYS_OUT = {
+    EngineState.STANDBY: "; no model is loaded, and Admin.LoadModel loads one",
+    EngineState.SLEEPING: "; it sleeps, and Admin.Wake wakes it",
 }
 
 
@@ -51,7 +59,9 @@ class Lifecycle:
         self._is_draining = False
         self._is_closed = False
         self.ready_after_s = 0.0
-        """Process start to the first READY; 0 before."""
+        """From the ask for the newest boot to READY; 0 before. The first is asked by the start."""
+        self._asked_s = self._text_s = 0.0
+        self._logged = pb.SERVER_STATE_UNSPECIFIED
         self.health = health_aio.HealthServicer()
 
     @property
@@ -77,6 +87,11 @@ class Lifecycle:
         return self.state == pb.SERVER_STATE_READY
 
     @property
+    def is_resting(self) -> bool:
+        """No model is in the engine, and one can be ordered."""
+        return self.state in (pb.SERVER_STATE_STANDBY, pb.SERVER_STATE_SLEEPING)
+
+    @property
     def is_draining(self) -> bool:
         return self._is_draining
 
@@ -89,9 +104,8 @@ class Lifecycle:
         if not is_ready or status.facts is None:
             wait_s = eta_s(status, self.elapsed_s)
             detail = status.reason or status.phase
-            message = f"the model is not ready: {self.state_name}" + (
-                f" ({detail})" if detail else ""
-            )
+            message = f"the model is not ready: {self.state_name}"
+            message += f" ({detail})" if detail else WAYS_OUT.get(status.state, "")
             raise NotReady(message, retry_after_s=1.0 if wait_s is None else max(0.1, wait_s))
         return status.facts
 
@@ -116,25 +130,36 @@ class Lifecycle:
         """Keeps health in step with the engine for as long as the server lives."""
         was = None
         async for status in self._engine.status_changes():
-            if status.state is was:
-                continue
-            was = status.state
-            self._note(status)
-            await self.publish_readiness()
+            if status.state is not was:
+                was = status.state
+                await self.settle()
+
+    async def settle(self) -> None:
+        """Whatever changed: from here on health and the time to READY say so."""
+        status = self._engine.status
+        if status.asked_s != self._asked_s:
+            self._asked_s, self.ready_after_s = status.asked_s, 0.0
+        if self.is_ready and not self.ready_after_s:
+            self.ready_after_s = max(status.boot_s, self._text_s - status.asked_s)
+        await self.publish_readiness()
+        self._log(status)
 
     async def text_loaded(self) -> None:
         """Where the engine was ready first, the server is ready only now."""
-        if self.is_ready and not self.ready_after_s:
-            self.ready_after_s = self.elapsed_s
-            self._note(self._engine.status)
-        await self.publish_readiness()
+        self._text_s = self.elapsed_s
+        await self.settle()
 
-    def _note(self, status: EngineStatus) -> None:
-        fields = {"state": self.state_name, "elapsed_s": round(self.elapsed_s, 3)}
+    def _log(self, status: EngineStatus) -> None:
+        if self.state == self._logged:
+            return
+        self._logged = self.state
+        fields: dict[str, object] = {
+            "state": self.state_name,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
         if status.reason:
             fields["reason"] = status.reason
-        if self.is_ready and not self.ready_after_s and status.phases:
-            last = status.phases[-1]
-            self.ready_after_s = last.started_s + last.duration_s
+        if self.is_ready:
+            fields["ready_s"] = round(self.ready_after_s, 3)
             fields["phases"] = {p.name: round(p.duration_s, 3) for p in status.phases}
         logger.info("server is %s", self.state_name, extra={"fields": fields})

@@ -3,49 +3,44 @@
 Knows the order of a boot and of an end. torch is never imported in this process.
 
     ports bound -> health answers -> engine adopted -> … -> READY -> SIGTERM -> drained -> exit 0
+                               with --standby: … -> STANDBY -> LoadModel -> READY
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
-import grpc
-import msgspec
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ..engine.client import EngineClient
-from ..engine.errors import InvalidField, PilotlightError, PortInUse, SetupError
+from ..engine.errors import PilotlightError, SetupError
 from ..engine.launch import EngineLink, Launch, launch_process, linked
 from ..engine.logs import log_json_lines
 from ..engine.spawn import Spawned
 from ..engine.status import EngineState
 from ..proto import inference_pb2_grpc as pb_grpc
+from .admin import ADMIN_HOST, admin_port
 from .admission import Admission, Pace
 from .config import ServeConfig
-from .generation import ModelText, Services
+from .generation import Services
 from .inference import Inference
 from .lifecycle import SERVICE_NAME, Lifecycle
-from .limits import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES, check_number
 from .metrics import EngineCollector, Metrics
+from .model_host import ModelHost
+from .model_text import ModelText
 from .ops import LoopPulse, OpsApp, OpsServer
+from .ports import GrpcPort
 from .requests import RequestTable
 from .terminal import follow_boot
-from .text.chat import load_chat_template
-from .text.tokenizer import load_tokenizer
 from .timeline import startup_json
-from .validation import SamplingDefaults
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +49,9 @@ LOOP_BEAT_S = 0.5
 LAST_WORDS_S = 2.0
 """What handlers get to write their last status once the engine is gone."""
 
-GRPC_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    # Clients that ping through a long prefill are right to: the default ends their connection.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # Clients that vanished without a word are found within a minute.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # Two servers on one port would share its connections by chance.
-    ("grpc.so_reuseport", 0),
-)
-
 
 class Server:
-    """One data port, one ops port, one engine."""
+    """One data port, one ops port, perhaps an admin port; one engine."""
 
     def __init__(self, config: ServeConfig, started_s: float, launch: Launch | None = None) -> None:
         self._config = config
@@ -79,8 +61,9 @@ class Server:
             launch=launch or partial(launch_process, config.log_level),
             started_s=started_s,
         )
-        self.text = ModelText()
+        self.text = ModelText(config.served_name)
         self.lifecycle = Lifecycle(self.engine, started_s, lambda: self.text.is_loaded)
+        self._host = ModelHost(config, self.engine, self.text, self.lifecycle)
         self._metrics = Metrics()
         pace = Pace()
         self._admission = Admission(
@@ -96,28 +79,23 @@ class Server:
         self._bind()
 
     def _bind(self) -> None:
-        """Both ports, or PortInUse; nothing is served yet."""
+        """All ports, or PortInUse; nothing is served yet."""
         config, lifecycle, engine = self._config, self.lifecycle, self.engine
-        self._metrics.registry.register(EngineCollector(engine, lifecycle, config.served_name))
+        collector = EngineCollector(engine, lifecycle, lambda: self.text.name)
+        self._metrics.registry.register(collector)
         app = OpsApp(
             self._metrics.registry,
             self._loop_pulse,
             lambda: (lifecycle.is_ready, lifecycle.state_name),
             lambda: startup_json(engine.status, lifecycle.state_name, lifecycle.elapsed_s),
         )
-        self._ops = OpsServer(config.ops_host or config.host, config.ops_port, app)
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
-        check_bindable(config.host, config.port)
-        address = f"{config.host}:{config.port}"
-        try:
-            self.port = self._grpc.add_insecure_port(address)
-        except RuntimeError as error:
-            raise PortInUse(f"--port {config.port}: cannot bind {address}") from error
+        self._data = GrpcPort(config.host, config.port, "--port")
         self._add_services()
+        self._admin = admin_port(config.admin_port, self._host) if config.admin_port >= 0 else None
+        self._ops = OpsServer(config.ops_host or config.host, config.ops_port, app)
 
     def _add_services(self) -> None:
         services = Services(
-            self._config.served_name,
             self.engine,
             self.lifecycle,
             self._admission,
@@ -126,12 +104,19 @@ class Server:
             self.text,
         )
         inference = Inference(services, self._config)
-        pb_grpc.add_InferenceServicer_to_server(inference, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._grpc)
+        pb_grpc.add_InferenceServicer_to_server(inference, self._data.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._data.server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection(
-            (SERVICE_NAME, health_name, reflection.SERVICE_NAME), self._grpc
-        )
+        self._data.reflect(SERVICE_NAME, health_name)
+
+    @property
+    def port(self) -> int:
+        return self._data.number
+
+    @property
+    def admin_port(self) -> int:
+        """-1 where there is none."""
+        return self._admin.number if self._admin else -1
 
     @property
     def ops_port(self) -> int:
@@ -140,13 +125,15 @@ class Server:
     # ---- life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """From here on both ports answer; the model comes when it comes."""
+        """From here on all ports answer; the model comes when it comes."""
         await self.lifecycle.publish_liveness()
-        await self._grpc.start()
+        await self._data.start()
+        if self._admin:
+            await self._admin.start()
         self._ops.start()
         self.engine.start()
         self._tasks = [
-            asyncio.create_task(self._load_text()),
+            asyncio.create_task(self._host.read_first_text()),
             asyncio.create_task(self.lifecycle.follow_engine()),
             asyncio.create_task(self._beat()),
         ]
@@ -162,18 +149,6 @@ class Server:
         facts = self.engine.status.facts
         if facts is not None and not self._config.max_queued_tokens:
             self._admission.max_prompt_tokens = facts.num_blocks * facts.block_size
-
-    async def _load_text(self) -> None:
-        folder = Path(self._config.model)
-        try:
-            self.text.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-            self.text.chat_template = await asyncio.to_thread(load_chat_template, folder)
-        except SetupError as error:
-            self.engine.fail_setup(str(error))
-            return
-        self.text.defaults = load_sampling_defaults(folder)
-        self.text.is_loaded = True
-        await self.lifecycle.text_loaded()
 
     async def drain(self) -> None:
         """Readiness off, door shut, running streams finish or the time is over."""
@@ -195,36 +170,11 @@ class Server:
             await asyncio.wait_for(self.requests.wait_empty(), LAST_WORDS_S)
         for task in self._tasks:
             task.cancel()
-        await self._grpc.stop(grace=0.2)
+        await self._data.stop(grace_s=0.2)
+        if self._admin:
+            await self._admin.stop(grace_s=0.2)
         self._ops.stop()
         self.requests.close()
-
-
-def check_bindable(host: str, port: int) -> None:
-    """Raises PortInUse. gRPC would find out as well, but only after it has logged its own error."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        way_out = "choose another, or 0 for a free one"
-        raise PortInUse(f"--port {port}: cannot bind {host}: {error}; {way_out}") from error
-
-
-def load_sampling_defaults(folder: Path) -> SamplingDefaults:
-    """What the model's authors recommend in generation_config.json, if anything usable."""
-    path = folder / "generation_config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = ("temperature", "top_k", "top_p", "repetition_penalty")
-        given = {name: found[name] for name in names if found.get(name) is not None}
-        defaults = msgspec.convert(given, SamplingDefaults)
-        for name in names:
-            check_number(f"sampling.{name}", getattr(defaults, name))
-        return defaults
-    except (OSError, ValueError, AttributeError, InvalidField):
-        return SamplingDefaults()
 
 
 async def serve(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
@@ -273,7 +223,8 @@ def announce(server: Server, config: ServeConfig) -> None:
     fields = {
         "target": f"{config.host}:{server.port}",
         "ops": f"http://{config.ops_host or config.host}:{server.ops_port}",
-        "model": config.model,
+        **({"admin": f"{ADMIN_HOST}:{server.admin_port}"} if config.admin_port >= 0 else {}),
+        "model": "" if config.standby else config.model,
         "pid": os.getpid(),
         "ports_open_s": round(server.lifecycle.elapsed_s, 3),
     }

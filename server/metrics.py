@@ -6,7 +6,7 @@ statistics at the moment of a scrape, so the step loop does no work for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -75,7 +75,9 @@ class Metrics:
 class EngineCollector(Collector):
     """The engine's own numbers, read when somebody asks."""
 
-    def __init__(self, engine: EngineClient, lifecycle: Lifecycle, model_name: str) -> None:
+    def __init__(
+        self, engine: EngineClient, lifecycle: Lifecycle, model_name: Callable[[], str]
+    ) -> None:
         self._engine = engine
         self._lifecycle = lifecycle
         self._model_name = model_name
@@ -97,7 +99,7 @@ class EngineCollector(Collector):
         ):
             yield GaugeMetricFamily(f"pilotlight_{name}", text, value)
             alias = GaugeMetricFamily(f"vllm:{vllm_name}", text, labels=["model_name"])
-            alias.add_metric([self._model_name], value)
+            alias.add_metric([self._model_name()], value)
             yield alias
         yield GaugeMetricFamily(
             "pilotlight_kv_blocks_cached",
@@ -128,12 +130,18 @@ class EngineCollector(Collector):
         )
         yield GaugeMetricFamily("pilotlight_ready", "1 while ready.", self._lifecycle.is_ready)
         yield GaugeMetricFamily(
+            "pilotlight_standby",
+            "1 while a model can be ordered: none is loaded, or it sleeps.",
+            self._lifecycle.is_resting,
+        )
+        yield GaugeMetricFamily(
             "pilotlight_draining", "1 while draining.", self._lifecycle.is_draining
         )
         info = InfoMetricFamily("pilotlight_model", "The model that is served.")
         facts = self._engine.status.facts
         architecture = {"architecture": facts.architecture, "dtype": facts.dtype} if facts else {}
-        info.add_metric([], {"name": self._model_name, **architecture})
+        if name := self._model_name():
+            info.add_metric([], {"name": name, **architecture})
         yield info
 
     def _startup(self) -> Iterable[Metric]:
@@ -155,6 +163,6 @@ class EngineCollector(Collector):
         )
         yield GaugeMetricFamily(
             "pilotlight_startup_ready_seconds",
-            "Process start to readiness; 0 until then.",
+            "Newest boot, from process start, restart or order to readiness; 0 until then.",
             self._lifecycle.ready_after_s,
         )

@@ -39,6 +39,8 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     errors.DuplicateRequest: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     errors.DeadlineExpired: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     errors.RequestCancelled: (grpc.StatusCode.CANCELLED, "REQUEST_CANCELLED"),
+    errors.WrongState: (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE"),
+    errors.SetupError: (grpc.StatusCode.INVALID_ARGUMENT, "CANNOT_LOAD"),
     errors.QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.NotReady: (grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     errors.Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
@@ -81,6 +83,8 @@ def _details(reason: str, message: str, error: Exception) -> list[Message]:
             limit = _bounded(error.limit)
             info.metadata.update(field=error.field, value=error.value, limit=limit)
             found.append(details.BadRequest(field_violations=[violation]))
+        case errors.WrongState():
+            info.metadata.update(state=error.state, allowed=",".join(error.allowed))
         case errors.QueueFull():
             violation_of = details.QuotaFailure.Violation(subject=error.quota, description=message)
             found.append(details.QuotaFailure(violations=[violation_of]))

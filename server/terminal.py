@@ -26,7 +26,7 @@ async def follow_boot(engine: EngineClient, out: TextIO = sys.stderr) -> None:
 
 
 def progress_line(status: EngineStatus) -> str:
-    line = f"  {status.state.upper():<9}{status.phase}"
+    line = f"  {status.state.upper():<9}{status.phase or status.reason}"
     if status.bytes_total and status.state is EngineState.LOADING:
         done = status.bytes_done / status.bytes_total
         line += f" {done:4.0%} of {status.bytes_total / 1e6:.1f} MB"

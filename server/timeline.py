@@ -42,11 +42,14 @@ def startup_json(status: EngineStatus, state: str, elapsed_s: float) -> dict[str
         "state": state,
         "reason": status.reason,
         "elapsed_s": round(elapsed_s, 4),
+        "asked_s": round(status.asked_s, 4),
+        "since_ask_s": round(elapsed_s - status.asked_s, 4),
         "phase": status.phase,
         "detail": status.detail,
         "bytes_done": status.bytes_done,
         "bytes_total": status.bytes_total,
         "eta_s": eta_s(status, elapsed_s),
+        "artefact": status.facts.artefact if status.facts else "",
         "num_restarts": status.num_restarts,
         "phases": [
             {"name": p.name, "started_s": round(p.started_s, 4), "s": round(p.duration_s, 4)}
@@ -57,14 +60,16 @@ def startup_json(status: EngineStatus, state: str, elapsed_s: float) -> dict[str
 
 def timeline_lines(phases: tuple[PhaseSpan, ...]) -> list[str]:
     """One line a phase, with a bar that shows when it ran; the last line says READY."""
-    end_s = phases[-1].started_s + phases[-1].duration_s if phases else 0.0
-    lines = [_line(phase, end_s) for phase in phases]
-    return [*lines, f"  {'READY':<14}{end_s:8.3f} s after process start"]
+    began_s = phases[0].started_s if phases else 0.0
+    boot_s = phases[-1].ended_s - began_s if phases else 0.0
+    lines = [_line(phase, began_s, boot_s) for phase in phases]
+    since = "after it was asked for" if began_s else "after process start"
+    return [*lines, f"  {'READY':<14}{boot_s:8.3f} s {since}"]
 
 
-def _line(phase: PhaseSpan, end_s: float) -> str:
-    scale = BAR_WIDTH / end_s if end_s else 0.0
-    before = min(BAR_WIDTH - 1, int(phase.started_s * scale))
+def _line(phase: PhaseSpan, began_s: float, boot_s: float) -> str:
+    scale = BAR_WIDTH / boot_s if boot_s else 0.0
+    before = min(BAR_WIDTH - 1, int((phase.started_s - began_s) * scale))
     width = max(1, min(BAR_WIDTH - before, round(phase.duration_s * scale)))
     bar = "." * before + "#" * width + "." * (BAR_WIDTH - before - width)
     return f"  {phase.name:<14}{phase.duration_s:8.3f} s  {bar}"

@@ -7,7 +7,7 @@ by itself; held, it makes one step at a time, which shows a request in each of i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.messages import (
@@ -19,10 +19,12 @@ from pilotlight.engine.messages import (
     ModelFacts,
     Progress,
     Ready,
+    Standby,
     StepRecord,
     Stop,
     Submit,
     ToEngine,
+    Unload,
 )
 from pilotlight.engine.scheduler import Scheduler
 from pilotlight.tests.fake_runner import KvCheckingRunner
@@ -45,6 +47,7 @@ class FakeEngine:
         eos_token_ids: tuple[int, ...] = (),
         boots: bool = True,
         is_held: bool = False,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.facts = ModelFacts(
             architecture="FakeForCausalLM",
@@ -64,7 +67,9 @@ class FakeEngine:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.boots = boots
-        """False: it stays in its first phase until `become_ready`."""
+        """False: it stays in its first phase until `become_ready` or `stand_by`."""
+        self.clock = clock
+        """Of what it says about its boots."""
         self.is_held = is_held
         self.links: list[FakeLink] = []
 
@@ -107,10 +112,16 @@ class FakeLink:
     def send(self, message: ToEngine) -> None:
         self.received.append(message)
         match message:
-            case Boot():
-                self.say(Progress(PHASES[0], 0.0))
+            case Boot(config=config):
+                phase = PHASES[0] if config.model else "import_torch"
+                self.say(Progress(phase, self._engine.clock()))
                 if self._engine.boots:
-                    self.become_ready()
+                    self.become_ready() if config.model else self.stand_by()
+            case Unload():
+                self.core.abort(self.core.live_request_ids())
+                self.step()
+                if self._engine.boots:
+                    self.stand_by()
             case Submit():
                 self.core.submit(message)
             case Abort():
@@ -137,8 +148,12 @@ class FakeLink:
 
     def become_ready(self) -> None:
         for phase in PHASES[1:]:
-            self.say(Progress(phase, 0.0, 20, 20))
-        self.say(Ready(self._engine.facts, 0.0))
+            self.say(Progress(phase, self._engine.clock(), 20, 20))
+        self.say(Ready(self._engine.facts, self._engine.clock()))
+
+    def stand_by(self, reason: str = "") -> None:
+        """There without a model; with a reason, because it could not be loaded."""
+        self.say(Standby(self._engine.clock(), reason))
 
     def fail(self, reason: str, is_setup: bool) -> None:
         self.say(Failed(reason, is_setup))

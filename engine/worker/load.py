@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 
 from ...kernels.table import Kernels, bind
-from ...weights_cache.stream import MappedWeights
+from ...weights_cache.stream import MappedArena, MappedWeights
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..found_weights import FoundWeights
 from ..messages import ModelFacts
 from ..models.decoder import Decoder
+from ..models.recipes import Recipe
 from ..models.weights import ModelWeights, Preparer, assemble
 from .kv_cache import KvPlan, allocate, plan_kv_cache
 from .runner import Runner
@@ -64,11 +65,18 @@ def _weights(
 ) -> ModelWeights:
     total = found.num_bytes
     report("load_weights", 0, total, found.origin)
-    source = MappedWeights(found.manifest)
-    preparer = Preparer(
-        source, device, dtype, lambda done: report("load_weights", done, total, found.origin)
-    )
-    weights = assemble(found.model, found.target.layout, preparer)
+    get: Callable[[Recipe], torch.Tensor]
+    if found.leased is not None:
+        mapped = MappedArena(found.leased.arena)
+        get = lambda recipe: mapped.tensor(recipe.name)  # noqa: E731
+    else:
+        get = Preparer(
+            MappedWeights(found.manifest),
+            device,
+            dtype,
+            lambda done: report("load_weights", done, total, found.origin),
+        )
+    weights = assemble(found.model, found.target.layout, get)
     report("load_weights", total, total, found.origin)
     return weights
 

@@ -34,13 +34,13 @@ class Clock:
 class Bench:
     """A started client."""
 
-    def __init__(self, engine: FakeEngine, **policy: Any) -> None:
+    def __init__(self, engine: FakeEngine, model: str = "fake", **policy: Any) -> None:
         self.engine = engine
         self.clock = Clock()
         supervision = SupervisionPolicy(
             **{"restart_backoff_s": 0.0, "judge_interval_s": 0.0, **policy}
         )
-        config = EngineConfig(model="fake")
+        config = EngineConfig(model=model)
         self.client = EngineClient(
             config, supervision, launch=engine.launch, clock=self.clock, started_s=0.0
         )
@@ -66,12 +66,15 @@ class Bench:
 
 
 @asynccontextmanager
-async def started(engine: FakeEngine | None = None, **policy: Any) -> AsyncIterator[Bench]:
-    bench = Bench(engine or FakeEngine(), **policy)
+async def started(
+    engine: FakeEngine | None = None, model: str = "fake", **policy: Any
+) -> AsyncIterator[Bench]:
+    """Ready, or on standby where `model` is empty."""
+    bench = Bench(engine or FakeEngine(), model, **policy)
     bench.client.start()
     try:
         if bench.engine.boots:
-            await bench.until_state(EngineState.READY)
+            await bench.until_state(EngineState.READY if model else EngineState.STANDBY)
         yield bench
     finally:
         await bench.client.stop()

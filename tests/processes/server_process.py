@@ -27,9 +27,11 @@ class ServerProcess:
     """Started with free ports on loopback; its log is read by a thread."""
 
     def __init__(self, *flags: str) -> None:
-        command = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
+        serve = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
+        command = (*serve, "--cache", "off")  # a later --cache of `flags` wins
         self.process = subprocess.Popen((*command, *flags), stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
+        self._logged = threading.Condition()
         self._ports_known = threading.Event()
         self._ports: dict[str, str] = {}
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -42,7 +44,9 @@ class ServerProcess:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.log.append(line)
+            with self._logged:
+                self.log.append(line)
+                self._logged.notify_all()
             if not self._ports_known.is_set() and '"target"' in line:
                 self._ports = json.loads(line)
                 self._ports_known.set()
@@ -53,6 +57,11 @@ class ServerProcess:
     @property
     def ops(self) -> str:
         return self._ports["ops"]
+
+    @property
+    def admin(self) -> str:
+        """Where it was asked for."""
+        return self._ports["admin"]
 
     def health(self, service: str) -> int:
         request = health_pb2.HealthCheckRequest(service=service)
@@ -70,8 +79,19 @@ class ServerProcess:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return int(children.read_text().split()[0])
 
+    def engine_bytes(self) -> int:
+        """Memory of the engine that is nobody else's: no mapped files."""
+        status = Path(f"/proc/{self.engine_pid()}/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
     def uses_torch(self) -> bool:
         return "libtorch" in Path(f"/proc/{self.process.pid}/maps").read_text()
+
+    def wait_log(self, text: str) -> None:
+        """Until some process of the server has logged `text`."""
+        with self._logged:
+            found = self._logged.wait_for(lambda: any(text in line for line in self.log), LIMIT_S)
+        assert found, self.log
 
     def last_line(self) -> str:
         """What a user reads when it is over: the last thing that is no log record."""

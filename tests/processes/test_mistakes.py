@@ -25,7 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
+    serve = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
+    command = (*serve, "--cache", "off")
     return subprocess.run(
         (*command, *arguments), capture_output=True, text=True, timeout=60, check=False
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pilotlight import cli
 from pilotlight.engine.errors import ConfigError
-from pilotlight.server import main as server_main
+from pilotlight.server import start
 from pilotlight.server.config import (
     DEMO_MODEL,
     GROUPS,
@@ -17,11 +17,14 @@ from pilotlight.server.config import (
     Option,
     ServeConfig,
     cache_root,
+    loaded_config,
     serve_config,
     size_bytes,
 )
 
 BY_NAME = {option.name: option for option in OPTIONS}
+NEEDS = {"standby": {"admin_port": 0}}
+"""Options that make sense only beside another."""
 
 
 def _other_value(option: Option) -> Any:
@@ -58,7 +61,7 @@ def from_flags(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServeConfig]:
         configs.append(config)
         return 0
 
-    monkeypatch.setattr(server_main, "main", note)
+    monkeypatch.setattr(start, "main", note)
 
     def parse(*arguments: str) -> ServeConfig:
         assert cli.main(["serve", *arguments]) == 0
@@ -104,10 +107,13 @@ def test_a_flag_and_a_key_say_the_same(
 ) -> None:
     option = BY_NAME[name]
     value = _other_value(option)
-    expected = ServeConfig(**{name: value})
-    assert from_flags(*_as_flags(option, value)) == expected
+    beside = NEEDS.get(name, {})
+    expected = ServeConfig(**{name: value}, **beside)
+    flags = [part for n, v in beside.items() for part in _as_flags(BY_NAME[n], v)]
+    assert from_flags(*_as_flags(option, value), *flags) == expected
+    keys = "".join(f"{n} = {_as_toml(v)}\n" for n, v in beside.items())
     for key in (name, name.replace("_", "-")):
-        assert serve_config({}, toml(f"{key} = {_as_toml(value)}")) == expected
+        assert serve_config({}, toml(f"{keys}{key} = {_as_toml(value)}")) == expected
 
 
 def test_without_flags_and_file_there_are_the_defaults(
@@ -152,6 +158,37 @@ def test_the_engine_gets_what_was_said() -> None:
 )
 def test_the_served_name(options: dict[str, str], name: str) -> None:
     assert ServeConfig(**options).served_name == name
+
+
+# ---- standby -----------------------------------------------------------------------------------
+
+
+def test_standby_has_no_model_and_no_name() -> None:
+    config = serve_config({"standby": True, "admin_port": 0}, None)
+    assert (config.engine().model, config.served_name) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"standby": True}, "--standby needs --admin-port"),
+        ({"standby": True, "admin_port": 0, "model": "/m"}, "MODEL is '/m'"),
+    ],
+)
+def test_a_standby_that_makes_no_sense(flags: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        serve_config(flags, None)
+
+
+def test_a_loaded_model_has_the_servers_options_and_its_own() -> None:
+    server = ServeConfig(standby=True, admin_port=0, model_name="pilot", block_size=32)
+    config = loaded_config(server, {"model": "/m/qwen", "max_model_len": 64})
+    engine = config.engine()
+    assert (engine.model, engine.max_model_len, engine.block_size) == ("/m/qwen", 64, 32)
+    assert config.served_name == "pilot"
+    assert loaded_config(server, {"model": "/m", "model_name": "b"}).served_name == "b"
+    with pytest.raises(ConfigError, match="--dtype is 'int3'"):
+        loaded_config(server, {"dtype": "int3"})
 
 
 # ---- sizes -------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""Writes a model's artefact: every prepared tensor, one after the other, into the store.
+
+One tensor is in memory at a time, whatever the model's size. Knows recipes, the store and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...kernels.layout_names import PANEL16, PLAIN, stored_shape
+from ...weights_cache.arena import TensorSpec
+from ...weights_cache.arena_writer import ArenaWriter
+from ...weights_cache.store import Store
+from ...weights_cache.stream import MappedWeights
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..found_weights import FoundWeights, find_weights, key_of, weight_files
+from .recipes import Recipe, recipes
+from .weights import Preparer
+
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float16": (torch.float16, "F16"),
+    "float32": (torch.float32, "F32"),
+}
+"""By our names: torch's dtype and safetensors' name."""
+
+OnBytes = Callable[[str, int, int], None]
+"""What is done ("hash" or "build"), bytes done, bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    key: str
+    path: Path
+    num_bytes: int
+
+
+def build(
+    store: Store,
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_bytes: OnBytes = lambda what, done, total: None,
+) -> Built:
+    """Builds the artefact, or finds that it is there. Raises SetupError."""
+    found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype))
+    if found.target.device != "cpu":
+        raise ConfigError("--device cuda: artefacts are built for CPUs only so far")
+    key = key_of(_digests(store, found, on_bytes), folder, found.target)
+    specs = [_spec(recipe, found.target.dtype) for recipe in _recipes(found)]
+    about = {"architecture": found.model.architecture, "source": str(folder.resolve())}
+    total = sum(spec.num_bytes for spec in specs)
+
+    def write(writer: ArenaWriter) -> None:
+        _write(writer, found, lambda: on_bytes("build", writer.num_bytes_done, writer.num_bytes))
+
+    path = store.publish_arena(key, write, specs, {**about, "target": found.target.name})
+    return Built(key, path, total)
+
+
+def _recipes(found: FoundWeights) -> list[Recipe]:
+    return recipes(found.model, found.target.layout)
+
+
+def _digests(store: Store, found: FoundWeights, on_bytes: OnBytes) -> dict[str, str]:
+    """Of each weight file: remembered, or hashed now."""
+    total = found.manifest.num_bytes
+    digests: dict[str, str] = {}
+    before = 0
+    for file in weight_files(found.manifest):
+        digests[file.name] = store.sha256_of(file, partial(_after, on_bytes, before, total))
+        before += file.stat().st_size
+    return digests
+
+
+def _after(on_bytes: OnBytes, before: int, total: int, num_bytes: int) -> None:
+    on_bytes("hash", before + num_bytes, total)
+
+
+def _spec(recipe: Recipe, dtype: str) -> TensorSpec:
+    torch_dtype, name = DTYPES[dtype]
+    shape = recipe.shape
+    if recipe.layout != PLAIN:
+        rows, columns = recipe.shape
+        shape = stored_shape(PANEL16, rows, columns, torch_dtype.itemsize)
+    num_bytes = torch.Size(shape).numel() * torch_dtype.itemsize
+    return TensorSpec(recipe.name, name, shape, recipe.layout, recipe.section, num_bytes)
+
+
+def _write(writer: ArenaWriter, found: FoundWeights, report: Callable[[], None]) -> None:
+    prepare = Preparer(
+        MappedWeights(found.manifest), torch.device("cpu"), DTYPES[found.target.dtype][0]
+    )
+    with torch.inference_mode():
+        for recipe in _recipes(found):
+            if not writer.is_written(recipe.name):
+                writer.write(recipe.name, _bytes_of(prepare(recipe)))
+            report()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

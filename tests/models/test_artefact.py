@@ -1,0 +1,100 @@
+"""A model from its artefact is the model from its checkpoint; a damaged one is not used."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pilotlight.bench.make_model import write_model
+from pilotlight.engine.boot import Booted, boot
+from pilotlight.engine.config import EngineConfig
+from pilotlight.engine.models import artefact
+from pilotlight.tests.models.checkpoints import engine_tokens, prompt_of
+from pilotlight.weights_cache.store import Store
+
+NUM_NEW_TOKENS = 12
+SHAPES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
+
+
+@dataclass(frozen=True)
+class Cached:
+    folder: Path
+    cache: Path
+
+    def boot(self, cache: bool = True, verify: str = "full") -> Booted:
+        config = EngineConfig(
+            model=str(self.folder),
+            dtype="bfloat16",
+            max_num_seqs=4,
+            max_batched_tokens=64,
+            kv_cache_bytes=1 << 22,
+            cache=str(self.cache) if cache else "",
+            verify=verify,
+        )
+        return boot(config, lambda *_: None, lambda: None)
+
+    def tokens(self, booted: Booted) -> list[list[int]]:
+        prompts = [prompt_of(length, seed=length) for length in (1, 17, 40)]
+        return engine_tokens(booted.core, prompts, NUM_NEW_TOKENS)
+
+    def build(self) -> artefact.Built:
+        built = artefact.build(Store(self.cache), self.folder, "cpu", "bfloat16")
+        # A digest of a file that was just written is not believed: this one was written long ago.
+        for record in (self.cache / "digests").iterdir():
+            later_s = record.stat().st_mtime + 10
+            os.utime(record, (later_s, later_s))
+        return built
+
+    def origin(self) -> str:
+        booted = self.boot()
+        booted.weights.close()
+        return booted.facts.artefact
+
+
+@pytest.fixture(params=SHAPES)
+def cached(request: pytest.FixtureRequest, tmp_path: Path) -> Cached:
+    folder = write_model(request.param, tmp_path / "model")
+    return Cached(folder, tmp_path / "cache")
+
+
+def test_without_an_artefact_the_checkpoint_is_loaded(cached: Cached) -> None:
+    assert cached.origin() == "checkpoint (no artefact yet)"
+
+
+def test_both_give_equal_tokens(cached: Cached) -> None:
+    wanted = cached.tokens(cached.boot(cache=False))
+    cached.build()
+    booted = cached.boot()
+    assert booted.facts.artefact == "artefact"
+    assert cached.tokens(booted) == wanted
+    booted.weights.close()
+
+
+def test_building_again_finds_it(cached: Cached) -> None:
+    first, second = cached.build(), cached.build()
+    assert first == second
+    assert len(Store(cached.cache).arenas()) == 1
+
+
+def test_a_changed_checkpoint_is_a_miss(cached: Cached) -> None:
+    cached.build()
+    assert cached.origin() == "artefact"
+    config = cached.folder / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert cached.origin() == "checkpoint (no artefact yet)"
+
+
+def test_a_damaged_artefact_is_found_out_and_the_checkpoint_serves(cached: Cached) -> None:
+    wanted = cached.tokens(cached.boot(cache=False))
+    path = cached.build().path
+    assert cached.origin() == "artefact"
+    data = bytearray(path.read_bytes())
+    data[-(len(data) // 4)] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    booted = cached.boot()
+    assert booted.facts.artefact == "checkpoint (no artefact yet)"
+    assert cached.tokens(booted) == wanted
+    booted.weights.close()
