@@ -28,6 +28,7 @@ DEFAULTS = {
     "port": 0,
     "ops_port": 0,
     "restart_backoff": 0.0,
+    "cache": "off",
     # A fake engine beats only when told to; a busy machine must not make it look stalled.
     "heartbeat_timeout": 3600.0,
 }
