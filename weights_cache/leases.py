@@ -100,6 +100,8 @@ class Lease:
         logger.warning("the lease %s was removed by others while it was held", self.path)
         with suppress(OSError):
             self._owned.create(self.path)
+        if self._owned.processes.life(self._owner) is not Life.ALIVE:
+            self.close()  # it was closed meanwhile
 
 
 class Leases:

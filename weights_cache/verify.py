@@ -77,14 +77,18 @@ class Verification:
 
     def _run(self) -> None:
         try:
+            self._verify()
+        except BaseException as error:
+            self._error = error
+
+    def _verify(self) -> None:
+        try:
             self._is_good = verify_chunks(
                 self._arena, self._on_bytes, self._stop, self._num_threads
             )
         except BadArtefact as error:
-            self._error = error
             self._on_failure(error)
-        except BaseException as error:
-            self._error = error
+            raise
 
 
 class _Pass:

@@ -44,10 +44,11 @@ class Machine:
     place: str
     clock: Clock
     running: set[tuple[int, int]] = field(default_factory=set)
+    num_started: int = 0
 
     def start(self, pid: int | None = None) -> FakeProcess:
-        started = max((started for _, started in self.running), default=0) + 1
-        process = FakeProcess(self, pid or 100 + started, started)
+        self.num_started += 1
+        process = FakeProcess(self, pid or 100 + self.num_started, self.num_started)
         self.running.add(process.me())
         return process
 

@@ -181,14 +181,14 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200) | JSON.map(msgspec.json.encode))
 def test_any_header_is_refused_by_its_type(raw: bytes) -> None:
     with pytest.raises(BadArtefact):
         decode_header(padded(raw), 3 * SECTION_BYTES, NOWHERE)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_any_one_change_of_the_header_is_refused(good: bytes, data: st.DataObject) -> None:
     header = header_of(good)

@@ -282,3 +282,19 @@ def test_a_folder_of_leases_that_is_not_to_be_seen_is_not_empty(tmp_path: Path) 
     publish(store)
     with found(store):
         assert evict(Store(tmp_path, Forgetful())) == [KEY]
+
+
+def test_a_lease_from_elsewhere_that_cannot_be_read_is_one(tmp_path: Path) -> None:
+    class Unreadable(FileSystem):
+        def pread(self, descriptor: int, num_bytes: int, offset: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    clock = Clock()
+    store = Store(tmp_path, world=machine("a", clock).start().world)
+    evictor = Store(tmp_path, world=machine("b", clock).start().world)
+    publish(store)
+    evictor._owned.files = Unreadable()
+    with found(store):
+        for _ in range(20):
+            clock.now += BEAT_S
+            assert evict(evictor) == [KEY]
