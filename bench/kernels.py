@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 from pilotlight.kernels import check, table
-from pilotlight.kernels.cpu import native
+from pilotlight.kernels.cpu import limits, native
 from pilotlight.kernels.reference.case import Case, Cost
 
 CPU = torch.device("cpu")
@@ -32,11 +32,25 @@ MAX_ROUNDS = 300
 MIN_SECONDS = 0.3
 
 EPILOG = """\
-GB/s and GFLOP/s come from what a call must at least move and compute, so they can be held against
-the machine's memory bandwidth and peak. Before each timed call that moves more than 1 MiB the
-caches are swept; smaller calls run warm, as they do inside a model. `ratio` is how many times
-faster than the reference (PyTorch). The last line is JSON.
+GB/s and GFLOP/s come from what a call must at least move and compute. Before each timed call that
+moves more than 1 MiB the caches are swept, and the same call on other operands brings the code
+back; smaller calls run warm, as they do inside a model. `share` is the least time in which this
+machine could have done it over the time it took: read at the bandwidth of those sweeps, and
+multiplied at the instruction set's peak, both measured between the calls, since other programs take
+their part. Warm calls have none. `ratio` is how many times faster than the reference (PyTorch). All
+are medians. The last line is JSON.
 """
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it could do while something was timed."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    def least_seconds(self, cost: Cost) -> float:
+        return max(cost.num_bytes / self.read_bytes_per_s, cost.num_flops / self.flops_per_s)
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class Timing:
     microseconds: float
     gigabytes_per_s: float
     gigaflops_per_s: float
+    share: float | None
+    """Of the machine's limit, None for a call from warm caches."""
     ratio: float
     """Reference time over this time."""
 
@@ -84,11 +100,14 @@ def measure(op: str, case: Case, dtype: torch.dtype) -> list[Timing]:
         check.assert_close(actual, wanted, dtype)
     cost: Cost = table.Implementation(op, "reference").module().cost(*arguments)
     calls = [_call(i, arguments) for i in usable]
-    seconds = _median_seconds(calls, is_cold=cost.num_bytes > COLD_BYTES)
-    names = [i.name for i in usable]
+    if cost.num_bytes > COLD_BYTES:
+        others = [_call(i, case.make(CPU, dtype, seed=1)) for i in usable]
+        seconds, machine = _cold_medians(calls, others, dtype)
+    else:
+        seconds, machine = _warm_medians(calls), None
     return [
-        _timing(op, case, dtype, name, s, cost, seconds[-1])
-        for name, s in zip(names, seconds, strict=True)
+        _timing(op, case, dtype, i.name, own, cost, machine, seconds[-1])
+        for i, own in zip(usable, seconds, strict=True)
     ]
 
 
@@ -106,19 +125,43 @@ def _call(
     return call
 
 
-def _median_seconds(calls: list[Callable[[], None]], is_cold: bool) -> list[float]:
-    sweep = torch.ones(CACHE_BYTES // 4 if is_cold else 0)
+def _cold_medians(
+    calls: list[Callable[[], None]], others: list[Callable[[], None]], dtype: torch.dtype
+) -> tuple[list[float], Machine]:
+    """Seconds of each call, its operands displaced, and what the machine could do meanwhile."""
+    sweep = torch.ones(CACHE_BYTES // 4)
     times: list[list[float]] = [[] for _ in calls]
+    reads: list[float] = []
+    multiplies: list[float] = []
+    for _ in _rounds(len(calls)):
+        multiplies.append(limits.multiply_rate(dtype))
+        for call, other, seconds in zip(calls, others, times, strict=True):
+            reads.append(limits.read_rate(sweep))
+            other()
+            seconds.append(_seconds(call))
+    return [median(seconds) for seconds in times], Machine(median(reads), median(multiplies))
+
+
+def _warm_medians(calls: list[Callable[[], None]]) -> list[float]:
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in _rounds(len(calls)):
+        for call, seconds in zip(calls, times, strict=True):
+            seconds.append(_seconds(call))
+    return [median(seconds) for seconds in times]
+
+
+def _rounds(num_calls: int) -> Iterator[None]:
     start = time.perf_counter()
     for num_done in range(MAX_ROUNDS):
-        if num_done >= MIN_ROUNDS and time.perf_counter() - start > MIN_SECONDS * len(calls):
-            break
-        for call, seconds in zip(calls, times, strict=True):
-            sweep.sum()
-            begin = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begin)
-    return [median(seconds) for seconds in times]
+        if num_done >= MIN_ROUNDS and time.perf_counter() - start > MIN_SECONDS * num_calls:
+            return
+        yield
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _timing(
@@ -128,12 +171,14 @@ def _timing(
     name: str,
     seconds: float,
     cost: Cost,
+    machine: Machine | None,
     reference_seconds: float,
 ) -> Timing:
     rates = cost.num_bytes / seconds / 1e9, cost.num_flops / seconds / 1e9
+    share = machine.least_seconds(cost) / seconds if machine else None
     ratio = reference_seconds / seconds
     dtype_name = str(dtype).removeprefix("torch.")
-    return Timing(op, case.name, dtype_name, name, seconds * 1e6, *rates, ratio)
+    return Timing(op, case.name, dtype_name, name, seconds * 1e6, *rates, share, ratio)
 
 
 def timings(ops: list[str], dtype: torch.dtype) -> Iterator[Timing]:
@@ -145,13 +190,17 @@ def timings(ops: list[str], dtype: torch.dtype) -> Iterator[Timing]:
 
 def _line(t: Timing) -> str:
     rates = f"{t.microseconds:11.1f} {t.gigabytes_per_s:8.2f} {t.gigaflops_per_s:9.1f}"
-    return f"{t.op:16} {t.case:32} {t.implementation:10} {rates} {t.ratio:7.2f}"
+    share = "-" if t.share is None else f"{t.share:.2f}"
+    return f"{t.op:16} {t.case:32} {t.implementation:10} {rates} {share:>6} {t.ratio:7.2f}"
 
 
 def _print_header(dtype: str) -> None:
     threads = torch.get_num_threads()
     print(f"{dtype}, {threads} threads, level {native.level() or native.missing_reason()}")
-    names = f"{'us':>11} {'GB/s':>8} {'GFLOP/s':>9} {'ratio':>7}"
+    read = max(limits.read_rate(torch.ones(CACHE_BYTES // 4)) for _ in range(MIN_ROUNDS))
+    peak = max(limits.multiply_rate(DTYPES[dtype]) for _ in range(MIN_ROUNDS))
+    print(f"best of {MIN_ROUNDS}: reads {read / 1e9:.1f} GB/s, multiplies {peak / 1e9:.0f} GFLOP/s")
+    names = f"{'us':>11} {'GB/s':>8} {'GFLOP/s':>9} {'share':>6} {'ratio':>7}"
     print(f"{'operation':16} {'case':32} {'way':10} {names}")
 
 

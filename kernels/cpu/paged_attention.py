@@ -30,6 +30,7 @@ def accepts(
     dtype, (_, num_heads, dim), (num_sequences, _) = q.dtype, q.shape, block_tables.shape
     return (
         dim % 2 == 0
+        and scale > 0
         and num_heads % k_cache.shape[2] == 0
         and is_cache(k_cache, dim, dtype)
         and is_cache(v_cache, dim, dtype)

@@ -154,6 +154,8 @@ class _Batch:
 
 _QWEN2: dict[str, Any] = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
 
+_LLAMA: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "is_strided": True}
+
 
 def cases() -> Iterator[Case]:
     for num_rows in (1, 8, 32, 64):
@@ -162,9 +164,16 @@ def cases() -> Iterator[Case]:
     for length in (128, 512, 2048):
         prefill = _Batch([(length, length)], **_QWEN2)
         yield Case(f"qwen2-0.5b-prefill-{length}", prefill, is_timed=True)
+    long_contexts = [(1, 4096)] * 8
+    yield Case("qwen2-0.5b-decode-8-rows-of-4096", _Batch(long_contexts, **_QWEN2), is_timed=True)
+    yield Case("llama-1b-decode-8-rows-of-4096", _Batch(long_contexts, **_LLAMA), is_timed=True)
     yield Case("one-token", _Batch([(1, 1)]))
     yield Case("decode-across-blocks", _Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
     yield Case("decode-long", _Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))
+    for group in (3, 7, 8, 9, 12, 16, 17):
+        lengths = [(1, n) for n in (1, 64, 255, 257, 600)]
+        groups = _Batch(lengths, num_heads=2 * group, num_kv_heads=2, head_dim=64)
+        yield Case(f"decode-groups-of-{group}", groups)
     yield Case("no-gqa", _Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
     yield Case("one-key-head", _Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
     mixture = [(1, 70), (1, 5), (33, 33), (17, 90), (1, 200), (5, 5)]

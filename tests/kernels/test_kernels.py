@@ -6,66 +6,17 @@ What is expected is the reference computed in fp32 from the same inputs. Knows n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from pilotlight.kernels import check, table
 from pilotlight.kernels.cpu import native
-from pilotlight.kernels.reference.case import Case
+from pilotlight.tests.kernels.trials import CPU, Trial, cases_at, cases_of, expected, trials
 
-CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(
     native.library() is None, reason=native.missing_reason() or "the library is there"
 )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One implementation at one level (None: it has none) on one case."""
-
-    implementation: table.Implementation
-    level: str | None
-    case: Case
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        way = self.implementation.name + (f"@{self.level}" if self.level else "")
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.implementation.op}-{way}-{self.case.name}-{dtype}"
-
-
-@cache
-def cases_of(op: str) -> dict[str, Case]:
-    return {case.name: case for case in table.Implementation(op, "reference").module().cases()}
-
-
-def cases_at(op: str, is_best: bool, dtype: torch.dtype) -> list[Case]:
-    """The shapes of real models are large: a few of them, in their own dtype, at the best level.
-
-    `pilotlight.bench.kernels` checks all of them.
-    """
-    timed = [case for case in cases_of(op).values() if case.is_timed]
-    small = [case for case in cases_of(op).values() if not case.is_timed]
-    return small + (timed[::3] if is_best and dtype is torch.bfloat16 else [])
-
-
-def trials() -> Iterator[Trial]:
-    for op in table.TABLE:
-        for implementation in table.implementations(op):
-            levels = native.levels() if implementation.name == "cpu" else [None]
-            for level in levels:
-                is_best = level is not None and level == levels[0]
-                for dtype in check.TOLERANCES:
-                    for case in cases_at(op, is_best, dtype):
-                        yield Trial(implementation, level, case, dtype)
-
-
-@cache
-def expected(op: str, case_name: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    return check.expected(op, cases_of(op)[case_name], CPU, dtype)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,15 +39,8 @@ def best_level() -> Iterator[None]:
 
 @pytest.mark.parametrize("trial", list(trials()), ids=str)
 def test_agrees_with_the_reference(trial: Trial, best_level: None) -> None:
-    arguments = trial.case.make(CPU, trial.dtype)
-    if trial.level:
-        native.force_level(trial.level)
-    if not trial.implementation.accepts(*arguments):
+    if not trial.run():
         pytest.skip("does not take these arguments")
-    wanted = expected(trial.implementation.op, trial.case.name, trial.dtype)
-    actual = check.outcome(trial.implementation.function(), arguments)
-    check.assert_close(actual, wanted, trial.dtype)
-    assert actual[0].dtype == trial.dtype
 
 
 @pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
@@ -133,18 +77,42 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("op", "case"),
+    (
+        ("linear", "qwen2-0.5b-o-32-rows"),
+        ("packed_linear", "qwen2-0.5b-down-32-rows"),
+        ("packed_gate_up", "many-rows-of-many"),
+        ("paged_attention", "chunked-prefill-with-decodes"),
+    ),
+)
 @pytest.mark.parametrize("is_own_pool", (False, True))
-def test_results_do_not_depend_on_threads(is_own_pool: bool) -> None:
-    linear = table.Implementation("linear", "cpu").function()
-    x, weight, _ = cases_of("linear")["qwen2-0.5b-o-32-rows"].make(CPU, torch.bfloat16)
+def test_results_do_not_depend_on_threads(op: str, case: str, is_own_pool: bool) -> None:
+    function = table.Implementation(op, "cpu").function()
+    arguments = cases_of(op)[case].make(CPU, torch.bfloat16)
     outcomes = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
         if is_own_pool and (library := native.library()):
             library.pilotlight_use_openmp(None)
-        outcomes.append(linear(x, weight, None))
+        outcomes.append(function(*arguments))
     native.set_num_threads(2)
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
+@pytest.mark.parametrize("level", native.levels())
+def test_a_packed_rows_result_does_not_depend_on_the_others(
+    level: str, dtype: torch.dtype, best_level: None
+) -> None:
+    native.force_level(level)
+    linear = table.Implementation("packed_linear", "cpu").function()
+    x, weight, bias, num_outputs = cases_of("packed_linear")["many-rows-of-many"].make(CPU, dtype)
+    assert isinstance(x, torch.Tensor)
+    together = linear(x, weight, bias, num_outputs)
+    for first, num_rows in ((0, 1), (149, 1), (5, 2), (40, 7), (100, 33)):
+        some = slice(first, first + num_rows)
+        assert torch.equal(linear(x[some], weight, bias, num_outputs), together[some])
 
 
 @needs_native

@@ -1,91 +1,5 @@
 // Causal grouped-query attention over a paged cache, with an online softmax.
-// Included by each level_*.cpp after tiles.h; see there. Source: arXiv:2205.14135 (tiling),
-// FlashDecoding (split over keys).
-//
-// Work is cut into items: up to kTileRows query rows that share a key head (a row is a query and a
-// head of its group) against a range of keys, so each key and value is read once for the group.
-// A sequence with few rows is also split over its keys, always at the same places: neither other
-// sequences nor the number of threads changes a result.
-
-constexpr i64 kTileRows = 64;
-constexpr i64 kTileKeys = 64;
-constexpr i64 kKeysPerItem = 512;
-
-struct Item {
-  i64 sequence, kv_head;
-  i64 first_row, num_rows;    // in the sequence's rows for this key head: query * group + head
-  i64 first_key, end_key;
-  i64 partial;                // index of its partial result, -1 when it is the whole result
-  i64 num_parts;              // on the first of its parts how many there are, otherwise 0
-};
-
-inline i64 round_up(i64 value, i64 multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-struct Geometry {
-  i64 group, head_dim, padded_dim;
-
-  explicit Geometry(const AttentionArgs& a)
-      : group(a.num_heads / a.cache.num_heads), head_dim(a.cache.head_dim),
-        padded_dim(round_up(a.cache.head_dim, kLanes)) {}
-
-  // A partial result: kTileRows maxima, sums, and rows of padded_dim.
-  i64 partial_size() const { return kTileRows * (2 + padded_dim); }
-};
-
-struct Visible {
-  i64 begin, end;
-};
-
-struct Sequence {
-  i64 first_query, num_queries, first_position;
-
-  Sequence(const AttentionArgs& a, i64 r)
-      : first_query(a.query_start[r]), num_queries(a.query_start[r + 1] - a.query_start[r]),
-        first_position(a.context_lens[r] - num_queries) {}
-
-  Visible keys_of(i64 query, i64 window) const {
-    const i64 position = first_position + query;
-    return {window > 0 && position >= window ? position - window + 1 : 0, position + 1};
-  }
-};
-
-// Calls emit(item) for every item; the count of partial results is returned.
-template <class Emit>
-i64 for_items(const AttentionArgs& a, Emit emit) {
-  const Geometry g(a);
-  i64 num_partials = 0;
-  for (i64 r = 0; r < a.num_sequences; ++r) {
-    const Sequence s(a, r);
-    const i64 num_rows = s.num_queries * g.group;
-    for (i64 row = 0; row < num_rows; row += kTileRows) {
-      const i64 rows = num_rows - row < kTileRows ? num_rows - row : kTileRows;
-      const i64 begin = s.keys_of(row / g.group, a.sliding_window).begin;
-      const i64 end = s.keys_of((row + rows - 1) / g.group, a.sliding_window).end;
-      const i64 step = num_rows <= kTileRows ? kKeysPerItem : round_up(end, kKeysPerItem);
-      const i64 first_part = begin / step;
-      const i64 num_parts = (end + step - 1) / step - first_part;
-      for (i64 head = 0; head < a.cache.num_heads; ++head) {
-        for (i64 part = 0; part < num_parts; ++part) {
-          const i64 from = (first_part + part) * step, to = from + step;
-          emit(Item{r, head, row, rows, from < begin ? begin : from, to < end ? to : end,
-                    num_parts > 1 ? num_partials++ : -1, part == 0 ? num_parts : 0});
-        }
-      }
-    }
-  }
-  return num_partials;
-}
-
-// Where an item's running result lives: maxima, sums of exponentials, unnormalised rows.
-struct Running {
-  float *maxima, *totals, *rows;
-};
-
-inline Running running_at(float* memory) {
-  return {memory, memory + kTileRows, memory + 2 * kTileRows};
-}
+// Included by each level_*.cpp after decode.h; see there. Source: arXiv:2205.14135 (tiling).
 
 template <class T>
 class ItemRun {
@@ -107,7 +21,7 @@ class ItemRun {
     weights_ = {memory += kTileRows * kTileKeys, kTileKeys / W::kElements};
     memory += kTileRows * kTileKeys;
     running_ = running_at(item.partial < 0 ? reinterpret_cast<float*>(memory)
-                                           : partials + item.partial * g_.partial_size());
+                                           : partials + item.partial);
   }
 
   void run() {
@@ -116,6 +30,7 @@ class ItemRun {
       find_rows(key);
       add_tile(key);
     }
+    for (i64 r = 0; r < item_.num_rows; ++r) running_.maxima[r] *= a_.scale;
   }
 
   const Running& running() const { return running_; }
@@ -130,7 +45,9 @@ class ItemRun {
       for_lanes(queries_.stride, [&](i64 word, auto extent) {
         store_raw(to + word, load_words(q + word * W::kElements, extent), extent);
       });
-      running_.maxima[r] = -__builtin_inff();
+    }
+    for (i64 r = 0; r < kTileRows; ++r) {
+      running_.maxima[r] = -kInfinity;
       running_.totals[r] = 0;
     }
     std::memset(running_.rows, 0, item_.num_rows * g_.padded_dim * sizeof(float));
@@ -160,63 +77,66 @@ class ItemRun {
     pack_transposed(key_rows_, kTileKeys, queries_.stride, keys_);
     std::memset(scores_.values, 0, rows * kTileKeys * sizeof(float));
     multiply<W::kPairs>(queries_, rows, keys_, kTileKeys, queries_.stride, scores_);
-    for (i64 r = 0; r < rows; ++r) weigh(r, key);
+    for (i64 r = 0; r < rows; r += kLanes) weigh(r, key);
     pack_values();
     const Sums out = {running_.rows, g_.padded_dim};
     multiply<W::kPairs>(weights_, rows, values_, g_.padded_dim, weights_.stride, out);
   }
 
-  // Turns the scores of a row into weights, and rescales what the row has gathered so far.
-  void weigh(i64 r, i64 key) {
+  // Turns the scores of up to kLanes rows into weights, and rescales what they have gathered so far.
+  void weigh(i64 first, i64 key) {
+    const i64 left = item_.num_rows - first, num = left < kLanes ? left : kLanes;
+    vf rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = i < num ? highest(first + i, key) : splat(-kInfinity);
+    }
+    const vf factor = splat(a_.scale * kLog2E);
+    const Shift shift(load(running_.maxima + first, Whole{}), maxima(rows), factor);
+    const vi is_higher = shift.maxima != load(running_.maxima + first, Whole{});
+    store(running_.maxima + first, shift.maxima, Whole{});
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < num && is_higher[i]) rescale(first + i, shift.rescale[i]);
+      rows[i] = i < num ? exponentials(first + i, factor, shift.shift[i]) : vf{};
+    }
+    float* totals = running_.totals + first;
+    store(totals, load(totals, Whole{}) * shift.rescale + sums(rows), Whole{});
+  }
+
+  vf highest(i64 r, i64 key) {
     const i64 query = (item_.first_row + r) / g_.group;
     const Visible visible = s_.keys_of(query, a_.sliding_window);
     float* scores = scores_.values + r * kTileKeys;
     mask(scores, visible.begin - key, visible.end - key);
-    const float old_maximum = running_.maxima[r];
-    const float new_maximum = scaled_maximum(scores, old_maximum);
-    running_.maxima[r] = new_maximum;
-    if (new_maximum > old_maximum) rescale(r, old_maximum, new_maximum);
-    // Nothing seen yet: any finite number turns the masked scores into zeros.
-    const bool is_empty = new_maximum == -__builtin_inff();
-    running_.totals[r] += exponentials(r, scores, is_empty ? 0.0f : new_maximum);
+    vf most = splat(-kInfinity);
+    for (i64 j = 0; j < kTileKeys; j += kLanes) most = maximum(most, load(scores + j, Whole{}));
+    return most;
   }
 
   void mask(float* scores, i64 begin, i64 end) {
     if (begin <= 0 && end >= kTileKeys) return;
     for (i64 j = 0; j < kTileKeys; ++j) {
-      if (j < begin || j >= end) scores[j] = -__builtin_inff();
+      if (j < begin || j >= end) scores[j] = -kInfinity;
     }
   }
 
-  float scaled_maximum(float* scores, float old_maximum) {
-    vf most = splat(old_maximum);
-    for (i64 j = 0; j < kTileKeys; j += kLanes) {
-      const vf scaled = load(scores + j, Whole{}) * splat(a_.scale);
-      store(scores + j, scaled, Whole{});
-      most = maximum(most, scaled);
-    }
-    return maximum(most);
-  }
-
-  void rescale(i64 r, float old_maximum, float new_maximum) {
-    const vf factor = exp(splat(old_maximum - new_maximum));
-    running_.totals[r] *= factor[0];
+  void rescale(i64 r, float factor) {
     float* row = running_.rows + r * g_.padded_dim;
     for (i64 d = 0; d < g_.padded_dim; d += kLanes) {
-      store(row + d, load(row + d, Whole{}) * factor, Whole{});
+      store(row + d, load(row + d, Whole{}) * splat(factor), Whole{});
     }
   }
 
-  float exponentials(i64 r, const float* scores, float most) {
+  vf exponentials(i64 r, vf factor, float shift) {
     using Stored = std::conditional_t<W::kPairs, bf16, float>;
+    const float* scores = scores_.values + r * kTileKeys;
     Stored* weights = reinterpret_cast<Stored*>(weights_.words + r * weights_.stride);
     vf total = {};
     for (i64 j = 0; j < kTileKeys; j += kLanes) {
-      const vf weight = exp(load(scores + j, Whole{}) - splat(most));
+      const vf weight = exp2_negative(load(scores + j, Whole{}) * factor - splat(shift));
       total += weight;
       store(weights + j, weight, Whole{});
     }
-    return sum(total);
+    return total;
   }
 
   void pack_values() {
@@ -268,44 +188,48 @@ void write_rows(const AttentionArgs& a, const Item& item, const Running& running
   }
 }
 
-// Adds part `other` into `into`; both describe the same rows.
-inline void merge(const Geometry& g, i64 num_rows, Running into, Running other) {
-  for (i64 r = 0; r < num_rows; ++r) {
-    const float a = into.maxima[r], b = other.maxima[r], most = a > b ? a : b;
-    if (b == -__builtin_inff()) continue;
-    const vf mine = exp(splat(a - most)), theirs = exp(splat(b - most));
-    into.maxima[r] = most;
-    into.totals[r] = into.totals[r] * mine[0] + other.totals[r] * theirs[0];
-    float* row = into.rows + r * g.padded_dim;
-    const float* from = other.rows + r * g.padded_dim;
-    for (i64 d = 0; d < g.padded_dim; d += kLanes) {
-      store(row + d, load(row + d, Whole{}) * mine + load(from + d, Whole{}) * theirs, Whole{});
-    }
-  }
-}
-
 template <class T>
 void merge_parts(const AttentionArgs& a, const Item& item, float* partials) {
   const Geometry g(a);
-  const Running first = running_at(partials + item.partial * g.partial_size());
-  for (i64 part = 1; part < item.num_parts; ++part) {
-    const i64 index = item.partial + part;
-    merge(g, item.num_rows, first, running_at(partials + index * g.partial_size()));
+  const bool is_direct = item.kv_head == kAllHeads;
+  const i64 size = is_direct ? direct_partial_size(g, a.num_heads) : g.partial_size();
+  const auto running_of = [&](i64 part) {
+    float* memory = partials + item.partial + part * size;
+    return is_direct ? direct_running_at(memory, a.num_heads) : running_at(memory);
+  };
+  const Running first = running_of(0);
+  const i64 num_rows = is_direct ? a.num_heads : item.num_rows;
+  for (i64 part = 1; part < item.num_parts; ++part) merge(g, num_rows, first, running_of(part));
+  is_direct ? write_direct<T>(a, item, first) : write_rows<T>(a, item, first);
+}
+
+template <class T>
+void run_item(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
+              float* partials) {
+  if (item.kv_head == kAllHeads) {
+    DirectRun<T> run(a, item, next, memory, partials);
+    run.run();
+    if (item.partial < 0) write_direct<T>(a, item, run.running());
+  } else {
+    ItemRun<T> run(a, item, memory, partials);
+    run.run();
+    if (item.partial < 0) write_rows<T>(a, item, run.running());
   }
-  write_rows<T>(a, item, first);
 }
 
 template <class T>
 bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* partials) {
-  const i64 num_scratch_bytes = 4 * ItemRun<T>::num_scratch_words(Geometry(a));
+  const Geometry g(a);
+  const i64 tile = ItemRun<T>::num_scratch_words(g);
+  const i64 direct = DirectRun<T>::num_scratch_words(g, a.num_heads);
   bool has_memory = true;
   auto body = [&](i64 index) {
-    const Item& item = items[num_items - 1 - index];  // the longest of a prompt come first
-    auto* memory = static_cast<std::uint32_t*>(scratch(num_scratch_bytes));
+    const i64 last = num_items - 1, after = index + num_threads();
+    const Item& item = items[last - index];  // the longest of a prompt come first
+    const Item* next = after <= last ? &items[last - after] : nullptr;
+    auto* memory = static_cast<std::uint32_t*>(scratch(4 * (tile > direct ? tile : direct)));
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
-    ItemRun<T> run(a, item, memory, partials);
-    run.run();
-    if (item.partial < 0) write_rows<T>(a, item, run.running());
+    run_item<T>(a, item, next, memory, partials);
   };
   parallel(num_items, 1, body);
   return has_memory;
@@ -313,20 +237,21 @@ bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* 
 
 template <class T>
 bool paged_attention(const AttentionArgs& a) {
+  const bool has_direct = DirectRun<T>::can_take(a);
   i64 num_items = 0;
-  const i64 num_partials = for_items(a, [&](const Item&) { ++num_items; });
+  const i64 partials_size = for_items(a, has_direct, [&](const Item&) { ++num_items; });
   Buffer items_memory(num_items * sizeof(Item));
-  Buffer partials_memory(num_partials * Geometry(a).partial_size() * sizeof(float));
+  Buffer partials_memory(partials_size * sizeof(float));
   if (!items_memory || !partials_memory) return false;
   Item* items = items_memory.as<Item>();
   float* partials = partials_memory.as<float>();
   i64 next = 0;
-  for_items(a, [&](const Item& item) { items[next++] = item; });
+  for_items(a, has_direct, [&](const Item& item) { items[next++] = item; });
   if (!run_items<T>(a, items, num_items, partials)) return false;
   auto body = [&](i64 index) {
     if (items[index].num_parts > 1) merge_parts<T>(a, items[index], partials);
   };
-  if (num_partials > 0) parallel(num_items, 16, body);
+  if (partials_size > 0) parallel(num_items, 16, body);
   const i64 row_size = a.num_heads * a.cache.head_dim;
   const i64 num_used = a.num_sequences ? a.query_start[a.num_sequences] : 0;
   std::memset(static_cast<T*>(a.out) + num_used * row_size, 0,

@@ -91,6 +91,13 @@ struct PackedEmbeddingArgs {
   i64 num_rows, num_inputs, num_outputs;
 };
 
+// Measurements of the machine; see limits.h.
+struct LimitArgs {
+  const void* memory;    // `amount` bytes to be read, or null
+  float* out;            // [num_outs], at least two, the first a number to multiply by
+  i64 amount, num_outs;
+};
+
 // Every function returns false when it cannot get memory; nothing else can fail here.
 struct Level {
   bool (*rms_norm)(DType, const RmsNormArgs&);
@@ -102,11 +109,14 @@ struct Level {
   bool (*packed_gate_up)(DType, const PackedLinearArgs&);
   bool (*packed_embedding)(DType, const PackedEmbeddingArgs&);
   bool (*pack_panels)(DType, const PackArgs&);
+  bool (*read_memory)(DType, const LimitArgs&);
+  bool (*multiply_only)(DType, const LimitArgs&);
 };
 
 namespace generic { extern const Level level; }
 namespace avx2 { extern const Level level; }
 namespace avx512 { extern const Level level; }
 namespace avx512_bf16 { extern const Level level; }
+namespace amx { extern const Level level; }
 
 }  // namespace pilotlight

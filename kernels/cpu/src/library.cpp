@@ -4,6 +4,12 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "level.h"
 #include "parallel.h"
 
@@ -14,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -24,21 +30,62 @@ struct NamedLevel {
   const Level* level;
 };
 
+#if defined(PILOTLIGHT_EMULATE)
+
+[[maybe_unused]] bool has_avx512() { return true; }
+[[maybe_unused]] bool has_avx512_bf16() { return true; }
+[[maybe_unused]] bool has_amx() { return true; }
+
+#elif defined(__x86_64__)
+
+[[maybe_unused]] bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
+// The tiles' registers are large: the processor has them, the system saves them, and it must be asked
+// to. Its answer holds for all threads.
+[[maybe_unused]] bool has_amx() {
+  if (!has_avx512_bf16()) return false;
+  unsigned a, b, c, d, saved, unused;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmx = kAmxBf16 | kAmxTile;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmx) != kAmx) return false;
+  asm volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  if ((saved & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#endif
+
+#if defined(PILOTLIGHT_LEVEL_amx)
+// What the matrix unit does; all else as without it.
+const Level kAmx = [] {
+  Level level = avx512_bf16::level;
+  level.packed_linear = amx::level.packed_linear;
+  level.packed_gate_up = amx::level.packed_gate_up;
+  level.multiply_only = amx::level.multiply_only;
+  return level;
+}();
+#endif
+
 // Best first; the last runs everywhere. __builtin_cpu_supports asks the operating system as well.
 const NamedLevel kLevels[] = {
-#if defined(__x86_64__)
-    {"avx512_bf16",
-     [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     &avx512_bf16::level},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     &avx512::level},
+#if defined(PILOTLIGHT_LEVEL_amx)
+    {"amx", has_amx, &kAmx},
+#endif
+#if defined(PILOTLIGHT_LEVEL_avx512_bf16)
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::level},
+#endif
+#if defined(PILOTLIGHT_LEVEL_avx512)
+    {"avx512", has_avx512, &avx512::level},
+#endif
+#if defined(PILOTLIGHT_LEVEL_avx2)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      &avx2::level},
@@ -163,4 +210,12 @@ PILOTLIGHT_API int pilotlight_packed_embedding(DType dtype, const PackedEmbeddin
 
 PILOTLIGHT_API int pilotlight_pack_panels(DType dtype, const PackArgs* a) {
   return status(level().pack_panels(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_read_memory(DType dtype, const LimitArgs* a) {
+  return status(level().read_memory(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_multiply_only(DType dtype, const LimitArgs* a) {
+  return status(level().multiply_only(dtype, *a));
 }

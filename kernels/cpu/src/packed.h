@@ -3,8 +3,15 @@
 //
 // A panel holds 16 outputs: for each word along the summed dimension, the 16 outputs' words lie side
 // by side, so a panel is read once, in order, and nothing is summed across lanes. A word is one float
-// or two neighbouring bf16; where no instruction multiplies pairs of bf16, its halves become floats by
-// a shift and a mask, and the rows are widened once for the whole matrix.
+// or two neighbouring bf16; where no instruction multiplies pairs of bf16, its halves become floats
+// by a shift and a mask, and the rows are widened.
+//
+// The work is cut into pieces, some panels for a chunk of rows, that threads take as they come. For
+// more rows than the registers hold, the summed dimension is cut into slabs: the rows' slab stays in
+// the second-level cache, a panel's in the first, and sums are put down in between.
+//
+// With the matrix unit, pairs of bf16 are multiplied there: whole tiles along the summed dimension,
+// the few words after them as elsewhere.
 //
 // Every sum is one chain along the summed dimension, whatever the number of rows or threads: a row's
 // result depends on nothing else in the batch.
@@ -12,10 +19,18 @@
 constexpr i64 kPanel = 16;
 constexpr int kPanelVectors = kPanel / LANES;
 constexpr int kSumVectors = LANES == 16 ? 24 : 12;  // registers for sums
-constexpr int kPackedRows = 6;
+constexpr int kPackedRows = LANES == 4 ? 3 : 6;
 constexpr int kMaxPanels = 4;
-constexpr i64 kRowChunkBytes = 256 << 10;  // rows that stay in the second-level cache
-constexpr i64 kPiecePanels = 4;
+constexpr i64 kSlabWords = 512;           // of a panel: about a first-level cache
+constexpr i64 kRowSlabBytes = 256 << 10;  // of the rows: what a second-level cache can spare
+constexpr i64 kFewBlocks = 4;             // of rows, for which longer slabs are better
+constexpr i64 kMaxPiecePanels = 16;
+constexpr i64 kPiecesPerThread = 4;  // twice as many of few rows, which need not be widened again
+constexpr i64 kPrefetchBytes = 2048;
+
+// Whether products are left to the matrix unit.
+template <class T>
+using UsesTiles = std::bool_constant<HAS_AMX && Words<T>::kPairs>;
 
 // What a row is read as: words for pairs of bf16, else floats.
 template <class T>
@@ -30,134 +45,229 @@ template <class T>
 struct PackedShape {
   // Weights per 32-bit word.
   static constexpr i64 kPerWord = 4 / sizeof(T);
+  // Elements of a widened row per word.
+  static constexpr i64 kPerRowWord = Words<T>::kPairs ? 1 : kPerWord;
 
-  static i64 num_words(i64 num_inputs) { return (num_inputs + kPerWord - 1) / kPerWord; }
-  static i64 panel_words(i64 num_inputs) { return num_words(num_inputs) * kPanel; }
-  // Elements of one row as the kernels read it.
-  static i64 row_size(i64 num_inputs) {
-    return Words<T>::kPairs ? num_words(num_inputs) : num_words(num_inputs) * kPerWord;
-  }
+  static i64 num_words(i64 num_inputs) { return divide_up(num_inputs, kPerWord); }
 };
 
-inline vf splat_at(const float* from) { return splat(*from); }
+// One tile's operands: num_words of some rows and of some panels.
+template <class T>
+struct TileArgs {
+  const RowElement<T>* x;
+  i64 row_size;
+  const std::uint32_t* weight;
+  i64 panel_words, num_words;
+  const char* ahead;  // what will be read next, fetched in steps of `ahead_step` bytes per word
+  i64 ahead_step;
+};
 
-// Sums of Rows rows with Panels panels into out[row][panel * kPanel ...].
+// sums[row][panel * kPanel ...] += rows times panels, or = where nothing is there yet.
 template <class T, int Rows, int Panels>
-void multiply_panels(const RowElement<T>* x, i64 row_size, const std::uint32_t* weight,
-                     i64 panel_words, i64 num_words, float* out) {
+__attribute__((noinline)) void multiply_panels(const TileArgs<T>& t, float* sums, i64 stride,
+                                               bool is_first) {
   constexpr int kVectors = Panels * kPanelVectors;
   vf total[Rows][kVectors] = {};
-  const auto word_at = [&](i64 word, int v) __attribute__((always_inline)) {
-    const int panel = v / kPanelVectors, part = v % kPanelVectors;
-    return load_raw<vu>(weight + panel * panel_words + word * kPanel + part * kLanes, Whole{});
-  };
-  // One row element against one vector of each panel.
-  const auto add = [&](i64 element, auto weights_of) __attribute__((always_inline)) {
-    vf right[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) right[v] = weights_of(v);
+  if (!is_first) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const vf left = splat_at(reinterpret_cast<const float*>(x) + r * row_size + element);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) total[r][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) total[r][v] = load(sums + r * stride + v * kLanes, Whole{});
+    }
+  }
+  const std::uint32_t* weight = t.weight;
+  const RowElement<T>* x = t.x;
+  const RowElement<T>* x3 = t.x + (Rows > 3 ? 3 * t.row_size : 0);
+  // One element of each row against one vector of each panel.
+  const auto add = [&](int element, auto from_word) __attribute__((always_inline)) {
+    vu right[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int panel = v / kPanelVectors, part = v % kPanelVectors;
+      right[v] = from_word(load_raw<vu>(weight + panel * t.panel_words + part * kLanes, Whole{}));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const RowElement<T>* left = (r < 3 ? x : x3) + r % 3 * t.row_size + element;
+      add_row<Words<T>::kPairs>(total[r], left, right);
     }
   };
-  for (i64 word = 0; word < num_words; ++word) {
-    // A panel's stream runs on into the next one: the hardware's own reach is a page.
-    if constexpr (Rows <= 2) {
+  for (i64 word = 0; word < t.num_words; ++word, weight += kPanel) {
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p) {
-        __builtin_prefetch(weight + p * panel_words + (word + 32) * kPanel, 0, 3);
-      }
+    for (int p = 0; p < Panels; ++p) {
+      __builtin_prefetch(t.ahead + p * t.panel_words * 4 + word * t.ahead_step, 0, 3);
     }
-    if constexpr (Words<T>::kPairs) {
-      vu right[kVectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) right[v] = word_at(word, v);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const vu left = splat_word(reinterpret_cast<const std::uint32_t*>(x) + r * row_size + word);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) {
-          total[r][v] = multiply_add<true>(total[r][v], left, right[v]);
-        }
-      }
-    } else if constexpr (sizeof(T) == 2) {
-      add(2 * word, [&](int v) { return (vf)(word_at(word, v) << 16); });
-      add(2 * word + 1, [&](int v) { return (vf)(word_at(word, v) & 0xffff0000u); });
+    if constexpr (PackedShape<T>::kPerRowWord == 1) {
+      add(0, [](vu word) { return word; });
     } else {
-      add(word, [&](int v) { return (vf)word_at(word, v); });
+      add(0, [](vu word) { return word << 16; });
+      // The words are read again, not kept: every register holds a sum or an operand.
+      asm("" : "+r"(weight));
+      add(1, [](vu word) { return word & 0xffff0000u; });
     }
+    x += PackedShape<T>::kPerRowWord;
+    x3 += PackedShape<T>::kPerRowWord;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      store(out + r * Panels * kPanel + v * kLanes, total[r][v], Whole{});
-    }
+    for (int v = 0; v < kVectors; ++v) store(sums + r * stride + v * kLanes, total[r][v], Whole{});
   }
 }
 
-// A run of panels against a block of rows; what a tile of sums becomes is the caller's business.
+template <class T, int Rows>
+void multiply_group(TileArgs<T> t, i64 num_panels, float* sums, i64 stride, bool is_first) {
+  constexpr int kPanels = panels_for(Rows);
+  const auto next = [&](i64 panels) {
+    t.weight += panels * t.panel_words;
+    t.ahead += panels * t.panel_words * 4;
+    sums += panels * kPanel;
+    num_panels -= panels;
+  };
+  for (; num_panels >= kPanels; next(kPanels)) {
+    multiply_panels<T, Rows, kPanels>(t, sums, stride, is_first);
+  }
+  for (; num_panels > 0; next(1)) multiply_panels<T, Rows, 1>(t, sums, stride, is_first);
+}
+
+template <class T, int Rows = kPackedRows>
+void multiply_some(i64 rows, const TileArgs<T>& t, i64 num_panels, float* sums, i64 stride,
+                   bool is_first) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) return multiply_group<T, Rows>(t, num_panels, sums, stride, is_first);
+    multiply_some<T, Rows - 1>(rows, t, num_panels, sums, stride, is_first);
+  }
+}
+
+#if HAS_AMX
+
+// Sums of RowTiles x 16 rows and some panels; what is past the last row comes out as it may.
+template <int RowTiles, int Panels>
+void multiply_tile_block(const TileArgs<bf16>& t, float* sums, i64 stride, bool is_first) {
+  static_assert(RowTiles * Panels <= 4, "the sums take half of the tiles");
+  const i64 row_bytes = t.row_size * 4, sum_bytes = stride * 4;
+  const auto for_sums = [&](auto body) __attribute__((always_inline)) {
+    unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
+      unrolled<Panels>([&](auto p) __attribute__((always_inline)) {
+        body(std::integral_constant<int, r * Panels + p>(), sums + r * kTile * stride + p * kPanel);
+      });
+    });
+  };
+  for_sums([&](auto tile, float* at) __attribute__((always_inline)) {
+    is_first ? tile_zero<tile>() : tile_load<tile>(at, sum_bytes);
+  });
+  const i64 words_per_line = kLine / t.ahead_step;
+  for (i64 word = 0; word < t.num_words; word += kTile) {
+    unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
+      tile_load<4 + r>(t.x + r * kTile * t.row_size + word, row_bytes);
+    });
+    unrolled<Panels>([&](auto p) __attribute__((always_inline)) {
+      const i64 panel = p * t.panel_words;
+      for (i64 i = 0; i < kTile; i += words_per_line) {
+        __builtin_prefetch(t.ahead + panel * 4 + (word + i) * t.ahead_step, 0, 2);
+      }
+      tile_load<6 + p % 2>(t.weight + panel + word * kPanel, kTileRowBytes);
+      unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
+        tile_multiply_add<r * Panels + p, 4 + r, 6 + p % 2>();
+      });
+    });
+  }
+  for_sums([&](auto tile, float* at) __attribute__((always_inline)) {
+    tile_store<tile>(at, sum_bytes);
+  });
+}
+
+template <int RowTiles>
+void multiply_in_tiles(TileArgs<bf16> t, i64 num_panels, float* sums, i64 stride, bool is_first) {
+  constexpr int kPanels = 4 / RowTiles;
+  for (i64 panels; num_panels > 0; num_panels -= panels) {
+    panels = num_panels < kPanels ? 1 : kPanels;
+    panels == 1 ? multiply_tile_block<RowTiles, 1>(t, sums, stride, is_first)
+                : multiply_tile_block<RowTiles, kPanels>(t, sums, stride, is_first);
+    t.weight += panels * t.panel_words;
+    t.ahead += panels * t.panel_words * 4;
+    sums += panels * kPanel;
+  }
+}
+
+// Whole tiles of words there, the words after them with vectors.
+inline void multiply_rows(i64 num_rows, TileArgs<bf16> t, i64 num_panels, float* sums, i64 stride,
+                          bool is_first) {
+  const i64 num_words = t.num_words;
+  t.num_words = num_words / kTile * kTile;
+  if (t.num_words > 0) {
+    num_rows <= kTile ? multiply_in_tiles<1>(t, num_panels, sums, stride, is_first)
+                      : multiply_in_tiles<2>(t, num_panels, sums, stride, is_first);
+  }
+  if (t.num_words == num_words) return;
+  t.x += t.num_words;
+  t.weight += t.num_words * kPanel;
+  is_first &= t.num_words == 0;
+  t.num_words = num_words - t.num_words;
+  for (i64 row = 0; row < num_rows; row += kPackedRows) {
+    const i64 rows = num_rows - row < kPackedRows ? num_rows - row : kPackedRows;
+    multiply_some(rows, t, num_panels, sums + row * stride, stride, is_first);
+    t.x += rows * t.row_size;
+  }
+}
+
+#endif
+
 template <class T>
-struct PackedRun {
-  const RowElement<T>* x;
-  i64 row_size, panel_words, num_words;
-  const std::uint32_t* weight;
+inline void multiply_rows(i64 num_rows, const TileArgs<T>& t, i64 num_panels, float* sums, i64 stride,
+                          bool is_first) {
+  multiply_some(num_rows, t, num_panels, sums, stride, is_first);
+}
 
-  // Calls emit(row, panel, sums, stride) for every row and panel.
-  template <int Rows, int Panels, class Emit>
-  void tile(i64 row, i64 panel, Emit emit) const {
-    alignas(64) float sums[Rows * Panels * kPanel];
-    multiply_panels<T, Rows, Panels>(x + row * row_size, row_size, weight + panel * panel_words,
-                                     panel_words, num_words, sums);
-    for (int r = 0; r < Rows; ++r) {
-      for (int p = 0; p < Panels; ++p) {
-        emit(row + r, panel + p, sums + (r * Panels + p) * kPanel);
-      }
-    }
+// How a product is cut up.
+template <class T>
+struct PackedPlan {
+  using Shape = PackedShape<T>;
+  // Rows that meet a group of panels at once, where there are many.
+  static constexpr i64 kBlockRows = UsesTiles<T>::value ? 32 : kPackedRows;
+  static constexpr i64 kFewRows = UsesTiles<T>::value ? 16 : kPackedRows;
+  static constexpr i64 kWordUnit = UsesTiles<T>::value ? 16 : 1;
+  static constexpr i64 kMostWords = UsesTiles<T>::value ? kSlabWords / 4 : kSlabWords;
+
+  i64 num_words, slab_words, num_slabs;
+  i64 block_rows, chunk_rows, num_chunks;
+  i64 group_panels, piece_panels, num_pieces;  // of one chunk
+  bool keeps_slabs;                            // all slabs of the rows are in memory at once
+
+  // `unit` panels must not be parted.
+  PackedPlan(const PackedLinearArgs& a, i64 num_panels, i64 unit)
+      : num_words(Shape::num_words(a.num_inputs)) {
+    const bool is_few = a.num_rows <= kFewRows;
+    const i64 most_words = kMostWords * (a.num_rows <= kFewBlocks * kBlockRows ? 2 : 1);
+    slab_words = is_few ? num_words : divide_up(num_words, divide_up(num_words, most_words));
+    slab_words = round_up(slab_words, kWordUnit);
+    num_slabs = divide_up(num_words, slab_words);
+    block_rows = is_few ? kFewRows : kBlockRows;
+    const i64 fitting = kRowSlabBytes / (row_size() * 4) / block_rows * block_rows;
+    const i64 most = fitting < block_rows ? block_rows : fitting;
+    chunk_rows = round_up(divide_up(a.num_rows, divide_up(a.num_rows, most)), block_rows);
+    num_chunks = divide_up(a.num_rows, chunk_rows);
+    keeps_slabs = num_chunks == 1 && (num_slabs == 1 || a.num_rows * num_slabs <= most);
+    const i64 num_wanted = kPiecesPerThread * (is_few ? 2 : 1) * num_threads();
+    const i64 wanted = num_panels * num_chunks / num_wanted;
+    const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
+    group_panels = UsesTiles<T>::value ? 64 / block_rows
+                                       : panels_for(is_few ? a.num_rows : kPackedRows);
+    piece_panels = round_up(few, group_panels % unit == 0 ? group_panels : group_panels * unit);
+    num_pieces = divide_up(num_panels, piece_panels);
   }
 
-  template <int Rows, class Emit>
-  void rows(i64 row, i64 panel, i64 end_panel, Emit emit) const {
-    constexpr int kPanels = panels_for(Rows);
-    for (; panel + kPanels <= end_panel; panel += kPanels) tile<Rows, kPanels>(row, panel, emit);
-    for (; panel < end_panel; ++panel) tile<Rows, 1>(row, panel, emit);
-  }
-
-  template <class Emit, int Rows = kPackedRows>
-  void some_rows(i64 row, i64 num_rows, i64 panel, i64 end_panel, Emit emit) const {
-    if constexpr (Rows > 0) {
-      if (num_rows == Rows) return rows<Rows>(row, panel, end_panel, emit);
-      some_rows<Emit, Rows - 1>(row, num_rows, panel, end_panel, emit);
-    }
-  }
-
-  // Rows [row, end_row) x panels [panel, end_panel), blocks of nearly equal numbers of rows. A block
-  // of rows meets `unit` panels before the next block does.
-  template <class Emit>
-  void block(i64 row, i64 end_row, i64 panel, i64 end_panel, i64 unit, Emit emit) const {
-    const i64 num_rows = end_row - row;
-    const i64 num_blocks = (num_rows + kPackedRows - 1) / kPackedRows;
-    // Few panels at a time: they stay in the cache for all blocks of rows.
-    const i64 step = num_blocks == 1 ? end_panel - panel : unit;
-    for (; panel < end_panel; panel += step) {
-      for (i64 b = 0; b < num_blocks; ++b) {
-        const i64 first = row + b * num_rows / num_blocks;
-        const i64 last = row + (b + 1) * num_rows / num_blocks;
-        some_rows(first, last - first, panel, panel + step, emit);
-      }
-    }
-  }
+  i64 row_size() const { return slab_words * Shape::kPerRowWord; }
+  i64 slab_size() const { return chunk_rows * row_size(); }
+  i64 rows_bytes() const { return round_up(slab_size() * (keeps_slabs ? num_slabs : 1) * 4, kLine); }
+  i64 sums_bytes() const { return chunk_rows * piece_panels * kPanel * 4; }
 };
 
-// One row as multiply_panels reads it; what is past its end is zero.
+// Elements [begin, end) of a row as multiply_panels reads them; what is past its end is zero.
 template <class T>
-void widen_row(const T* from, i64 num_inputs, RowElement<T>* to) {
-  const i64 size = PackedShape<T>::row_size(num_inputs);
+void widen_row(const T* from, i64 num_inputs, i64 size, RowElement<T>* to) {
   if constexpr (Words<T>::kPairs) {
-    to[size - 1] = 0;
+    for (i64 word = num_inputs / 2; word < size; ++word) to[word] = 0;
     std::memcpy(to, from, num_inputs * sizeof(T));
   } else {
     for (i64 i = num_inputs; i < size; ++i) to[i] = 0;
@@ -165,78 +275,136 @@ void widen_row(const T* from, i64 num_inputs, RowElement<T>* to) {
   }
 }
 
+// One thread's share of a product: takes pieces until none is left.
 template <class T>
-RowElement<T>* widened_rows(const PackedLinearArgs& a) {
-  const i64 size = PackedShape<T>::row_size(a.num_inputs);
-  auto* rows = static_cast<RowElement<T>*>(scratch(a.num_rows * size * 4));
-  if (!rows) return nullptr;
-  auto body = [&](i64 r) {
-    widen_row(static_cast<const T*>(a.x) + r * a.row_stride, a.num_inputs, rows + r * size);
-  };
-  parallel(a.num_rows, grain_for(a.num_inputs), body);
-  return rows;
-}
+class PackedWorker {
+ public:
+  PackedWorker(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 num_panels, char* memory)
+      : a_(a), plan_(plan), num_panels_(num_panels),
+        rows_(reinterpret_cast<RowElement<T>*>(memory)),
+        sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
 
-// All tiles of the product. A piece is some panels for a chunk of rows; `unit` panels stay together.
+  // Calls emit(row, panel, sums) for every row and panel of the piece.
+  template <class Emit>
+  void run(i64 index, Emit emit) {
+    const i64 row = index / plan_.num_pieces * plan_.chunk_rows;
+    const i64 panel = index % plan_.num_pieces * plan_.piece_panels;
+    const i64 rows_left = a_.num_rows - row, panels_left = num_panels_ - panel;
+    const i64 rows = rows_left < plan_.chunk_rows ? rows_left : plan_.chunk_rows;
+    const i64 panels = panels_left < plan_.piece_panels ? panels_left : plan_.piece_panels;
+    for (i64 slab = 0; slab < plan_.num_slabs; ++slab) multiply_slab(slab, row, rows, panel, panels);
+    for (i64 r = 0; r < rows; ++r) emit(row + r, panel, panels, sums_ + r * stride());
+  }
+
+ private:
+  i64 stride() const { return plan_.piece_panels * kPanel; }
+
+  void multiply_slab(i64 slab, i64 row, i64 num_rows, i64 panel, i64 num_panels) {
+    const i64 first_word = slab * plan_.slab_words, left = plan_.num_words - first_word;
+    const i64 panel_words = plan_.num_words * kPanel;
+    TileArgs<T> t = {widened(slab, row, num_rows), plan_.row_size(),
+                     static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words +
+                         first_word * kPanel,
+                     panel_words, left < plan_.slab_words ? left : plan_.slab_words,
+                     nullptr, 0};
+    const i64 num_blocks = divide_up(num_rows, plan_.block_rows);
+    // One block of rows passes once over all panels; more of them meet some panels after another,
+    // and each fetches its share of the next ones.
+    const i64 group = num_blocks == 1 ? num_panels : plan_.group_panels;
+    for (i64 p = 0; p < num_panels; p += group) {
+      const i64 panels = num_panels - p < group ? num_panels - p : group;
+      const char* next = reinterpret_cast<const char*>(t.weight + p * panel_words) +
+                         (num_blocks == 1 ? kPrefetchBytes : group * panel_words * 4);
+      for (i64 b = 0; b < num_blocks; ++b) {
+        const i64 first = first_row(b, num_blocks, num_rows);
+        TileArgs<T> tile = t;
+        tile.x += first * t.row_size;
+        tile.weight += p * panel_words;
+        tile.ahead = next + b * t.num_words * kLine / num_blocks;
+        tile.ahead_step = divide_up(kLine, num_blocks);
+        multiply_rows(first_row(b + 1, num_blocks, num_rows) - first, tile, panels,
+                      sums_ + first * stride() + p * kPanel, stride(), slab == 0);
+      }
+    }
+  }
+
+  // Of a block: all nearly equal, or as many as there are tiles for.
+  static i64 first_row(i64 block, i64 num_blocks, i64 num_rows) {
+    if (!UsesTiles<T>::value) return block * num_rows / num_blocks;
+    const i64 row = block * PackedPlan<T>::kBlockRows;
+    return row < num_rows ? row : num_rows;
+  }
+
+  // The rows' part of a slab, made unless it is still there.
+  const RowElement<T>* widened(i64 slab, i64 row, i64 num_rows) {
+    RowElement<T>* to = rows_ + (plan_.keeps_slabs ? slab * plan_.slab_size() : 0);
+    if (plan_.keeps_slabs && slab < num_widened_) return to;
+    const i64 begin = slab * plan_.slab_words * PackedShape<T>::kPerWord;
+    const i64 size = plan_.slab_words * PackedShape<T>::kPerWord, left = a_.num_inputs - begin;
+    for (i64 r = 0; r < num_rows; ++r) {
+      const T* from = static_cast<const T*>(a_.x) + (row + r) * a_.row_stride + begin;
+      widen_row(from, left < size ? left : size, plan_.row_size(), to + r * plan_.row_size());
+    }
+    num_widened_ = slab + 1;
+    return to;
+  }
+
+  const PackedLinearArgs& a_;
+  const PackedPlan<T>& plan_;
+  const i64 num_panels_;
+  RowElement<T>* rows_;
+  float* sums_;
+  i64 num_widened_ = 0;
+};
+
 template <class T, class Emit>
 bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
-  using Shape = PackedShape<T>;
   if (a.num_rows == 0) return true;
-  const RowElement<T>* x = widened_rows<T>(a);
-  if (!x) return false;
-  const i64 row_size = Shape::row_size(a.num_inputs);
-  const PackedRun<T> run = {x, row_size, Shape::panel_words(a.num_inputs),
-                            Shape::num_words(a.num_inputs),
-                            static_cast<const std::uint32_t*>(a.weight)};
-  const i64 fitting = kRowChunkBytes / (row_size * 4) / kPackedRows * kPackedRows;
-  const i64 chunk = fitting < kPackedRows ? kPackedRows : fitting;
-  const i64 num_chunks = (a.num_rows + chunk - 1) / chunk;
-  const i64 piece = kPiecePanels * unit;
-  const i64 num_pieces = (num_panels + piece - 1) / piece;
-  auto body = [&](i64 index) {
-    // Neighbouring pieces share the rows, which are the larger of the two for long prompts.
-    const i64 c = index / num_pieces, p = index % num_pieces;
-    const i64 first = c * a.num_rows / num_chunks, last = (c + 1) * a.num_rows / num_chunks;
-    const i64 panel = p * piece, end = panel + piece < num_panels ? panel + piece : num_panels;
-    run.block(first, last, panel, end, unit, emit);
+  const PackedPlan<T> plan(a, num_panels, unit);
+  const i64 num_pieces = plan.num_chunks * plan.num_pieces;
+  i64 next = 0;
+  bool has_memory = true;
+  auto body = [&](i64) {
+    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes()));
+    if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
+    const std::conditional_t<UsesTiles<T>::value, TileSession, char> session = {};
+    (void)session;
+    PackedWorker<T> worker(a, plan, num_panels, memory);
+    for (;;) {
+      const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (index >= num_pieces) return;
+      worker.run(index, emit);
+    }
   };
-  parallel(num_chunks * num_pieces, 1, body);
-  return true;
+  parallel(num_threads(), 1, body);
+  return has_memory;
 }
 
 template <class T>
 bool packed_linear(const PackedLinearArgs& a) {
   const T* bias = static_cast<const T*>(a.bias);
-  const auto emit = [&](i64 row, i64 panel, const float* sums) __attribute__((always_inline)) {
-    const i64 output = panel * kPanel;
-    const i64 left = a.num_outputs - output;
+  const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
+    const i64 output = panel * kPanel, left = a.num_outputs - output;
+    const i64 size = num_panels * kPanel;
     T* out = static_cast<T*>(a.out) + row * a.num_outputs + output;
-    for_lanes(left < kPanel ? left : kPanel, [&](i64 i, auto extent) {
+    for_lanes(left < size ? left : size, [&](i64 i, auto extent) {
       const vf added = bias ? load(bias + output + i, extent) : vf{};
       store(out + i, load(sums + i, extent) + added, extent);
     });
   };
-  return packed_product<T>(a, (a.num_outputs + kPanel - 1) / kPanel, 1, emit);
+  return packed_product<T>(a, divide_up(a.num_outputs, kPanel), 1, emit);
 }
 
 // Panels of gate and up in turn; num_outputs counts one of them and is a multiple of kPanel.
 template <class T>
 bool packed_gate_up(const PackedLinearArgs& a) {
-  struct Half {
-    float gate[kPackedRows][kPanel];
-  };
-  thread_local Half half;
-  const auto emit = [&](i64 row, i64 panel, const float* sums) {
-    float* gate = half.gate[row % kPackedRows];
-    if (panel % 2 == 0) {
-      std::memcpy(gate, sums, sizeof half.gate[0]);
-      return;
-    }
+  const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
     T* out = static_cast<T*>(a.out) + row * a.num_outputs + panel / 2 * kPanel;
-    for (int i = 0; i < kPanel; i += kLanes) {
-      const vf g = load(gate + i, Whole{});
-      const vf activated = g / (splat(1.0f) + exp(-g));
-      store(out + i, activated * load(sums + i, Whole{}), Whole{});
+    for (i64 pair = 0; pair < num_panels / 2; ++pair, sums += 2 * kPanel, out += kPanel) {
+      for (int i = 0; i < kPanel; i += kLanes) {
+        const vf gate = load(sums + i, Whole{}), up = load(sums + kPanel + i, Whole{});
+        store(out + i, gate / (splat(1.0f) + exp(-gate)) * up, Whole{});
+      }
     }
   };
   return packed_product<T>(a, 2 * a.num_outputs / kPanel, 2, emit);
@@ -268,6 +436,7 @@ bool pack_panels(const PackArgs& a) {
   const i64 num_whole = a.num_inputs / Shape::kPerWord, num_words = Shape::num_words(a.num_inputs);
   const i64 num_matrices = a.second ? 2 : 1;
   const i64 num_panels = (a.num_outputs + kPanel - 1) / kPanel * num_matrices;
+  expect_large_pages(a.out, num_panels * num_words * kPanel * 4);
   auto body = [&](i64 panel) {
     const bool is_second = a.second && panel % 2 == 1;
     const T* from = static_cast<const T*>(is_second ? a.second : a.first);
@@ -299,10 +468,9 @@ bool packed_embedding(const PackedEmbeddingArgs& a) {
     const auto* from = static_cast<const std::uint32_t*>(a.weight) +
                        id / kPanel * num_words * kPanel + id % kPanel;
     char* to = static_cast<char*>(a.out) + row * a.num_inputs * sizeof(T);
-    for (i64 word = 0; word < num_words; ++word) {
-      const i64 left = (a.num_inputs - word * Shape::kPerWord) * i64{sizeof(T)};
-      std::memcpy(to + word * 4, from + word * kPanel, left < 4 ? left : 4);
-    }
+    const i64 num_whole = a.num_inputs / Shape::kPerWord;
+    for (i64 word = 0; word < num_whole; ++word) std::memcpy(to + word * 4, from + word * kPanel, 4);
+    if (num_whole < num_words) std::memcpy(to + num_whole * 4, from + num_whole * kPanel, sizeof(T));
   };
   parallel(a.num_rows, grain_for(8 * num_words), body);
   return true;

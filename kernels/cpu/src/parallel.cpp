@@ -1,8 +1,11 @@
 #include "parallel.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -113,6 +116,16 @@ void* scratch(std::size_t num_bytes) {
     capacity = memory ? rounded : 0;
   }
   return memory.get();
+}
+
+void expect_large_pages(void* memory, std::size_t num_bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kPage = 2 << 20;
+  const auto start = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  const std::uintptr_t end = (start + num_bytes) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 void set_num_threads(int num_threads) { wanted_threads.store(std::max(1, num_threads)); }

@@ -5,6 +5,7 @@
 // be the copy that uses instructions this machine lacks. The level sets LANES and HAS_BF16_DOT.
 
 constexpr int kLanes = LANES;
+constexpr i64 kLine = 64;  // bytes in a cache line
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef std::int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -14,6 +15,22 @@ typedef std::uint16_t vh __attribute__((vector_size(2 * LANES)));
 struct bf16 {
   std::uint16_t bits;
 };
+
+inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
+
+inline i64 round_up(i64 value, i64 multiple) { return divide_up(value, multiple) * multiple; }
+
+template <int... I, class Body>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, Body body) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+
+// body(0) ... body(N - 1), by numbers known to the compiler from the start: an array that is indexed
+// with them stays in registers. `body` must itself be always_inline.
+template <int N, class Body>
+inline __attribute__((always_inline)) void unrolled(Body body) {
+  unrolled(std::make_integer_sequence<int, N>(), body);
+}
 
 // How much of a vector a load or store touches.
 struct Whole {};
@@ -60,7 +77,7 @@ inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
 inline vh narrow(vf v) {
-#if HAS_BF16_DOT
+#if HAS_BF16_DOT && !defined(PILOTLIGHT_EMULATE)
   return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
   const vu u = (vu)v;
@@ -89,7 +106,13 @@ inline vf rounded_to(vf v, const bf16*) { return widen(narrow(v)); }
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 // NaN in `a` is lost, in `b` kept: keep the running maximum in `a`.
-inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
+inline vf maximum(vf a, vf b) {
+#if LANES == 8 && defined(__AVX__)  // GCC makes two instructions of the other
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 // One vector of lanes from two, by lane number; GCC 11 has only the second spelling.
 template <int... Lane>
@@ -101,43 +124,72 @@ inline vu shuffle(vu low, vu high) {
 #endif
 }
 
-template <int Distance, int... Lane>
-inline void swap_halves(vu& low, vu& high, std::integer_sequence<int, Lane...>) {
-  const vu first = shuffle<((Lane & Distance) ? kLanes + Lane - Distance : Lane)...>(low, high);
-  high = shuffle<((Lane & Distance) ? kLanes + Lane : Lane + Distance)...>(low, high);
-  low = first;
+// Which of two vectors' lanes, numbered through, goes to lane `lane` when units of `unit` lanes are
+// taken from both in turn; every lane of both is found once in the even and the odd such vector.
+// Chosen so that each is one instruction: unpack inside 128 bits, and moves of whole 128 bits.
+constexpr int paired_lane(int unit, bool is_odd, int lane) {
+  const int block = lane / 4 * 4, place = lane % 4;
+  if (unit < 4) {
+    return block + (is_odd ? 2 : 0) + (place / unit % 2 ? kLanes : 0) +
+           (unit == 1 ? place / 2 : place % 2);
+  }
+  const int group = lane / unit;
+  return group / 2 * 2 * unit + (is_odd ? unit : 0) + lane % unit + (group % 2 ? kLanes : 0);
 }
 
-template <int Distance>
-inline void swap_halves(vu& low, vu& high) {
-  swap_halves<Distance>(low, high, std::make_integer_sequence<int, kLanes>());
+template <int Unit, bool IsOdd, int... Lane>
+inline vu paired(vu low, vu high, std::integer_sequence<int, Lane...>) {
+  return shuffle<paired_lane(Unit, IsOdd, Lane)...>(low, high);
 }
 
-// rows[i][j] <-> rows[j][i], by exchanging ever larger halves.
-template <int Distance = 1>
+template <int Unit, bool IsOdd>
+inline vu paired(vu low, vu high) {
+  return paired<Unit, IsOdd>(low, high, std::make_integer_sequence<int, kLanes>());
+}
+
+// rows[i][j] <-> rows[j][i].
+template <int Unit = 1>
 inline void transpose(vu (&rows)[kLanes]) {
-  if constexpr (Distance < kLanes) {
+  if constexpr (Unit < kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      if (!(i & Distance)) swap_halves<Distance>(rows[i], rows[i + Distance]);
+      if (i & Unit) continue;
+      const vu low = rows[i], high = rows[i + Unit];
+      rows[i] = paired<Unit, false>(low, high);
+      rows[i + Unit] = paired<Unit, true>(low, high);
     }
-    transpose<2 * Distance>(rows);
+    transpose<2 * Unit>(rows);
+  } else {
+    // The first two steps have taken each other's turn.
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 4) {
+      const vu second = rows[i + 1];
+      rows[i + 1] = rows[i + 2];
+      rows[i + 2] = second;
+    }
   }
 }
 
-// Lane i of the result is the sum over the lanes of rows[i].
-template <int Distance = 1>
-inline vf sums(vf (&rows)[kLanes]) {
-  if constexpr (Distance < kLanes) {
+// Lane i of the result combines all lanes of rows[i].
+template <int Unit = 1, class Combine>
+inline vf reduced(vf (&rows)[kLanes], Combine combine) {
+  if constexpr (Unit < kLanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * Distance) {
-      vu low = (vu)rows[i], high = (vu)rows[i + Distance];
-      swap_halves<Distance>(low, high);
-      rows[i] = (vf)low + (vf)high;
+    for (int i = 0; i < kLanes; i += 2 * Unit) {
+      const vu low = (vu)rows[i], high = (vu)rows[i + Unit];
+      rows[i] = combine((vf)paired<Unit, false>(low, high), (vf)paired<Unit, true>(low, high));
     }
-    return sums<2 * Distance>(rows);
+    return reduced<2 * Unit>(rows, combine);
   }
   return rows[0];
+}
+
+inline vf sums(vf (&rows)[kLanes]) {
+  return reduced(rows, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
+}
+
+inline vf maxima(vf (&rows)[kLanes]) {
+  return reduced(rows, [](vf a, vf b) __attribute__((always_inline)) { return maximum(a, b); });
 }
 
 inline float sum(vf v) {
@@ -171,6 +223,38 @@ inline vf exp(vf x) {
   const vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
   return select(is_zero, vf{}, p * (vf)exponent);
 }
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x for x <= 0, relative error below 2e-7; 0 below -125, NaN for NaN. Source: Cephes exp2f.
+inline vf exp2_negative(vf x) {
+  const vi is_zero = x < splat(-125.0f);
+  x = maximum(splat(-125.0f), x);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = x + magic;
+  const vf r = x - (shifted - magic);
+  vf p = splat(1.535336188319500e-4f);
+  p = p * r + splat(1.339887440266574e-3f);
+  p = p * r + splat(9.618437357674640e-3f);
+  p = p * r + splat(5.550332471162809e-2f);
+  p = p * r + splat(2.402264791363012e-1f);
+  p = p * r + splat(6.931472028550421e-1f);
+  p = p * r + splat(1.0f);
+  return (vf)(((vi)p + ((vi)shifted << 23)) & ~is_zero);
+}
+
+// A softmax in base 2: weights are 2^(score * factor - shift).
+struct Shift {
+  vf maxima, shift, rescale;  // of scores; times the factor; of what was weighed before
+
+  Shift(vf before, vf seen, vf factor) : maxima(maximum(before, seen)) {
+    // Nothing seen yet: any finite number turns masked scores into zeros.
+    const vf none = splat(-kInfinity);
+    shift = factor * select(maxima == none, vf{}, maxima);
+    rescale = exp2_negative(select(before == none, none, before * factor - shift));
+  }
+};
 
 // Runs body(index) over [0, count) on all threads, in pieces of `grain`.
 template <class Body>

@@ -1,0 +1,128 @@
+// How causal grouped-query attention over a paged cache is cut into items, and how parts are merged.
+// Included by each level_*.cpp after tiles.h; see there. Source: FlashDecoding (split over keys).
+//
+// An item is up to kTileRows query rows that share a key head (a row is a query and a head of its
+// group) against a range of keys, so each key and value is read once for the group; or all heads of a
+// sequence's only query (decode.h). A sequence with few rows is also split over its keys, always at
+// the same places: neither other sequences nor the number of threads changes a result.
+
+constexpr i64 kTileRows = 64;
+constexpr i64 kTileKeys = 64;
+constexpr i64 kKeysPerItem = 512;
+constexpr i64 kKeysPerDirectItem = 256;
+constexpr i64 kAllHeads = -1;
+
+struct Item {
+  i64 sequence, kv_head;        // or kAllHeads, of a sequence with one query
+  i64 first_row, num_rows;    // in the sequence's rows for this key head: query * group + head
+  i64 first_key, end_key;
+  i64 partial;                // where its partial result is, -1 when it is the whole result
+  i64 num_parts;              // on the first of its parts how many there are, otherwise 0
+};
+
+struct Geometry {
+  i64 group, head_dim, padded_dim;
+
+  explicit Geometry(const AttentionArgs& a)
+      : group(a.num_heads / a.cache.num_heads), head_dim(a.cache.head_dim),
+        padded_dim(round_up(a.cache.head_dim, kLanes)) {}
+
+  // A partial result: kTileRows maxima, sums, and rows of padded_dim.
+  i64 partial_size() const { return kTileRows * (2 + padded_dim); }
+};
+
+struct Visible {
+  i64 begin, end;
+};
+
+struct Sequence {
+  i64 first_query, num_queries, first_position;
+
+  Sequence(const AttentionArgs& a, i64 r)
+      : first_query(a.query_start[r]), num_queries(a.query_start[r + 1] - a.query_start[r]),
+        first_position(a.context_lens[r] - num_queries) {}
+
+  Visible keys_of(i64 query, i64 window) const {
+    const i64 position = first_position + query;
+    return {window > 0 && position >= window ? position - window + 1 : 0, position + 1};
+  }
+};
+
+// A partial result of a direct item: maxima, sums, and rows of all heads.
+inline i64 direct_partial_size(const Geometry& g, i64 num_heads) {
+  return num_heads * (2 + g.head_dim);
+}
+
+// Calls emit(item) for the items of some rows against their keys, cut at multiples of `step`; each
+// has a partial result of `size` floats if there are several. Returns where the next may lie.
+template <class Emit>
+i64 emit_parts(Item item, Visible keys, i64 step, i64 partial, i64 size, Emit emit) {
+  const i64 first_part = keys.begin / step;
+  const i64 num_parts = (keys.end + step - 1) / step - first_part;
+  for (i64 part = 0; part < num_parts; ++part) {
+    const i64 from = (first_part + part) * step, to = from + step;
+    item.first_key = from < keys.begin ? keys.begin : from;
+    item.end_key = to < keys.end ? to : keys.end;
+    item.partial = num_parts > 1 ? partial + part * size : -1;
+    item.num_parts = part == 0 ? num_parts : 0;
+    emit(item);
+  }
+  return num_parts > 1 ? partial + num_parts * size : partial;
+}
+
+// Calls emit(item) for every item; returns the floats that all partial results take.
+template <class Emit>
+i64 for_items(const AttentionArgs& a, bool has_direct, Emit emit) {
+  const Geometry g(a);
+  i64 partial = 0;
+  for (i64 r = 0; r < a.num_sequences; ++r) {
+    const Sequence s(a, r);
+    const i64 num_rows = s.num_queries * g.group;
+    if (has_direct && s.num_queries == 1) {
+      const Item item = {r, kAllHeads, 0, g.group, 0, 0, 0, 0};
+      partial = emit_parts(item, s.keys_of(0, a.sliding_window), kKeysPerDirectItem, partial,
+                           direct_partial_size(g, a.num_heads), emit);
+      continue;
+    }
+    for (i64 row = 0; row < num_rows; row += kTileRows) {
+      const i64 rows = num_rows - row < kTileRows ? num_rows - row : kTileRows;
+      const Visible keys = {s.keys_of(row / g.group, a.sliding_window).begin,
+                            s.keys_of((row + rows - 1) / g.group, a.sliding_window).end};
+      const i64 step = num_rows <= kTileRows ? kKeysPerItem : round_up(keys.end, kKeysPerItem);
+      for (i64 head = 0; head < a.cache.num_heads; ++head) {
+        partial = emit_parts(Item{r, head, row, rows, 0, 0, 0, 0}, keys, step, partial,
+                             g.partial_size(), emit);
+      }
+    }
+  }
+  return partial;
+}
+
+// Where an item's running result lives: maxima, sums of exponentials, unnormalised rows.
+struct Running {
+  float *maxima, *totals, *rows;
+};
+
+inline Running running_at(float* memory) {
+  return {memory, memory + kTileRows, memory + 2 * kTileRows};
+}
+
+inline Running direct_running_at(float* memory, i64 num_heads) {
+  return {memory, memory + num_heads, memory + 2 * num_heads};
+}
+
+// Adds part `other` into `into`; both describe the same rows.
+inline void merge(const Geometry& g, i64 num_rows, Running into, Running other) {
+  for (i64 r = 0; r < num_rows; ++r) {
+    const float a = into.maxima[r], b = other.maxima[r], most = a > b ? a : b;
+    if (b == -kInfinity) continue;
+    const vf mine = exp(splat(a - most)), theirs = exp(splat(b - most));
+    into.maxima[r] = most;
+    into.totals[r] = into.totals[r] * mine[0] + other.totals[r] * theirs[0];
+    float* row = into.rows + r * g.padded_dim;
+    const float* from = other.rows + r * g.padded_dim;
+    for (i64 d = 0; d < g.padded_dim; d += kLanes) {
+      store(row + d, load(row + d, Whole{}) * mine + load(from + d, Whole{}) * theirs, Whole{});
+    }
+  }
+}
