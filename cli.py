@@ -53,11 +53,23 @@ failed, 2 a mistake in the command.
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    from .server.start import early_engine
+
+    words = sys.argv[1:] if argv is None else argv
+    spawned = early_engine(words)
+    try:
+        return _run(words, spawned)
+    finally:
+        if spawned is not None:
+            spawned.discard()
+
+
+def _run(words: list[str], spawned: Any) -> int:
     top = parser()
-    arguments, rest = top.parse_known_args(argv)
+    arguments, rest = top.parse_known_args(words)
     if rest and arguments.command is not _bench:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
+    arguments.rest, arguments.spawned = rest, spawned
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -138,7 +150,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(flags, given.get("config"))
     from .server.start import main as serve
 
-    return serve(config)
+    return serve(config, arguments.spawned)
 
 
 # ---- generate --------------------------------------------------------------------------------

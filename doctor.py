@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .engine.target import has_cuda_driver
+from .engine.lean_torch import has_cuda_driver
 from .engine.worker.load import dtype_name
 from .engine.worker.memory import available_bytes
 from .kernels.cpu import native

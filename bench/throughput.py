@@ -85,13 +85,19 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         num_threads=arguments.num_threads,
         prefix_cache=False,
     )
-    booted = boot(config, _say_phase, lambda: None)
+    booted = boot(config, SaidPhases(), lambda: None)
     return booted.core, booted.facts.vocab_size, booted.facts.kernels
 
 
-def _say_phase(phase: str, bytes_done: int, bytes_total: int, detail: str) -> None:
-    if bytes_done == 0:
-        print(f"pilotlight: {phase} {detail}", file=sys.stderr)
+class SaidPhases:
+    """A boot's phases on stderr, as they begin."""
+
+    def __call__(self, phase: str, bytes_done: int, bytes_total: int, detail: str) -> None:
+        if bytes_done == 0:
+            print(f"pilotlight: {phase} {detail}", file=sys.stderr)
+
+    def beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
+        """Only the boot's own line is told."""
 
 
 def run(core: EngineCore, vocab_size: int, arguments: argparse.Namespace, seed: int) -> float:

@@ -13,6 +13,7 @@ import grpc
 
 from ..client.generate import stream_text, summary
 from ..client.server_process import drained, served, wait_ready
+from ..engine.messages import WeightsFacts
 from ..engine.status import PhaseSpan
 from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
@@ -41,8 +42,12 @@ def main() -> int:
 def show_boot(ops: str) -> None:
     with urllib.request.urlopen(f"{ops}/startup", timeout=5) as response:
         boot = json.load(response)
-    phases = tuple(PhaseSpan(p["name"], p["started_s"], p["s"]) for p in boot["phases"])
-    print("\n".join(timeline_lines(phases)), flush=True)
+    phases, beside = (
+        tuple(PhaseSpan(s["name"], s["started_s"], s["s"], s.get("lane", "")) for s in boot[key])
+        for key in ("phases", "beside")
+    )
+    lines = timeline_lines(phases, beside, WeightsFacts(**boot["weights"]))
+    print("\n".join(lines), flush=True)
 
 
 def complete(channel: grpc.Channel) -> None:

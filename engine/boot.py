@@ -7,25 +7,23 @@ breath (`TorchImport`), while files are looked at and bytes move.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import target
+from msgspec.structs import replace
+
+from .boot_report import BootReport
 from .config import EngineConfig
 from .core import EngineCore
 from .errors import BadArtefact, EngineError
 from .found_weights import FoundWeights, find_weights
-from .lean_torch import import_torch
-from .messages import FinishReason, ModelFacts, Submit
+from .messages import FinishReason, ModelFacts, Submit, WeightsFacts
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+from .torch_import import TorchImport
 
 logger = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
-"""phase, bytes done, bytes in all, detail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +35,9 @@ class Booted:
     weights: FoundWeights
 
 
-class TorchImport:
-    """torch on its way in a thread of its own: every engine needs it, whatever it will load."""
-
-    def __init__(self) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="import-torch", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Raises what the import raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            if target.has_cuda_driver():
-                import torch  # noqa: F401
-            else:
-                import_torch()
-        except BaseException as error:
-            self._error = error
-
-
-def stand_by(torch_import: TorchImport, report: Report) -> None:
+def stand_by(torch_import: TorchImport, report: BootReport) -> None:
     """Everything that can be done without a model."""
-    report("import_torch", 0, 0, "")
-    torch_import.wait()
+    _await_torch(torch_import, report)
     from .worker import load
 
     load.prepare()
@@ -72,7 +45,7 @@ def stand_by(torch_import: TorchImport, report: Report) -> None:
 
 def boot(
     config: EngineConfig,
-    report: Report,
+    report: BootReport,
     pulse: Callable[[], None],
     torch_import: TorchImport | None = None,
 ) -> Booted:
@@ -91,26 +64,47 @@ def boot(
 
 
 def _boot(
-    config: EngineConfig, torch_import: TorchImport, report: Report, pulse: Callable[[], None]
+    config: EngineConfig, torch_import: TorchImport, report: BootReport, pulse: Callable[[], None]
 ) -> Booted:
     weights = find_weights(config)
     try:
         weights.start_moving()
-        report("import_torch", 0, 0, "")
-        torch_import.wait()
+        _await_torch(torch_import, report)
         core, facts = _core(config, weights, report, pulse)
         report("warm", 0, 0, "")
         warm(core)
         report("verify", 0, 0, config.verify)
         weights.finish_verifying()
+        facts = replace(facts, weights=_read_facts(weights, facts.weights, report))
     except BaseException:
         weights.close()
         raise
     return Booted(core, facts, weights)
 
 
+def _await_torch(torch_import: TorchImport, report: BootReport) -> None:
+    report("import_torch", 0, 0, "")
+    for name, began_s, ended_s in torch_import.wait():
+        report.beside(name, "torch", began_s, ended_s)
+
+
+def _read_facts(weights: FoundWeights, facts: WeightsFacts, report: BootReport) -> WeightsFacts:
+    """What the verification beside the boot found out."""
+    verification = weights.verification
+    if verification is None or not verification.is_done:
+        return facts
+    report.beside("verify.chunks", "verify", verification.began_s, verification.ended_s)
+    spent_s = verification.ended_s - verification.began_s
+    return replace(
+        facts,
+        verified_bytes=weights.num_bytes,
+        read_bytes_per_s=weights.num_bytes / spent_s,
+        page_cache_fraction=verification.page_cache_fraction,
+    )
+
+
 def _core(
-    config: EngineConfig, weights: FoundWeights, report: Report, pulse: Callable[[], None]
+    config: EngineConfig, weights: FoundWeights, report: BootReport, pulse: Callable[[], None]
 ) -> tuple[EngineCore, ModelFacts]:
     from .worker.load import load_runner
 

@@ -7,8 +7,10 @@ from msgspec.structs import replace
 from .messages import Progress, Ready, Standby
 from .status import EngineState, EngineStatus, PhaseSpan
 
+FRONT_PHASE = "start_process"
+"""From process start to the engine's: the interpreter, and no more than spawning needs."""
 LAUNCH_PHASE = "start_engine"
-"""From launch to the engine's first word: the interpreter starts and imports the plain modules."""
+"""From its start to the engine's first word: the interpreter and the plain modules."""
 
 ACCEPT_PHASE = "accept"
 """From the ask for a model to the first word of the engine that stood by."""
@@ -19,15 +21,22 @@ WARMING_PHASES = frozenset({"warm"})
 
 
 def launched(status: EngineStatus, at_s: float) -> EngineStatus:
-    """A boot begins, the first or another; `at_s` in seconds since the server started."""
+    """An engine process was started, the first or another; `at_s` since the server started."""
+    is_first = status.num_restarts == 0
     return EngineStatus(
         state=EngineState.STARTING,
         phase=LAUNCH_PHASE,
         phase_started_s=at_s,
-        phases=status.phases if status.num_restarts == 0 else (),
-        asked_s=0.0 if status.num_restarts == 0 else at_s,
+        phases=(PhaseSpan(FRONT_PHASE, 0.0, at_s),) if is_first else (),
+        beside=status.beside if is_first else (),
+        asked_s=0.0 if is_first else at_s,
         num_restarts=status.num_restarts,
     )
+
+
+def beside(status: EngineStatus, span: PhaseSpan) -> EngineStatus:
+    """Another thread or process ended a stretch of work for this boot."""
+    return replace(status, beside=(*status.beside, span))
 
 
 def asked_to_load(status: EngineStatus, at_s: float) -> EngineStatus:
@@ -58,6 +67,7 @@ def stood_by(
         state=resting,
         reason=message.reason,
         phases=(*status.phases, _span(status, at_s)) if status.phase else status.phases,
+        beside=status.beside,
         asked_s=status.asked_s,
         num_restarts=status.num_restarts,
     )

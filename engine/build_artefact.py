@@ -20,7 +20,7 @@ from .config import EngineConfig
 from .end_with_parent import end_with_parent
 from .errors import SetupError
 from .found_weights import FoundWeights
-from .lean_torch import import_torch
+from .lean_torch import import_lean
 from .logs import log_json_lines
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def main() -> int:
     os.nice(19)
     log_json_lines("artefact", "info")
     began_s = time.monotonic()
-    import_torch()
+    import_lean()
     import torch
 
     from .models.artefact import build

@@ -25,6 +25,7 @@ from .errors import DuplicateRequest, NotReady
 from .launch import EngineLink, Launch, launch_process
 from .messages import (
     Abort,
+    Beside,
     Boot,
     Failed,
     FromEngine,
@@ -45,8 +46,6 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-FRONT_PHASE = "open_ports"
-"""From process start to the engine's launch."""
 STOP_TIMEOUT_S = 3.0
 UNLOAD_TIMEOUT_S = 30.0
 """An engine that is silent for longer while it should unload is taken for stalled."""
@@ -113,6 +112,11 @@ class EngineClient:
     @property
     def num_live_requests(self) -> int:
         return len(self._streams)
+
+    def note_beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
+        """A stretch of work beside the boot's own line, by time.monotonic()."""
+        span = PhaseSpan(name, began_s - self._started_s, ended_s - began_s, lane)
+        self._show(boot_record.beside(self.status, span))
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -196,9 +200,7 @@ class EngineClient:
             self._link.kill()
 
     def start(self) -> None:
-        """Begins to launch and supervise; returns at once. Time spent before is a phase too."""
-        span = PhaseSpan(FRONT_PHASE, 0.0, self._elapsed_s())
-        self._show(replace(self.status, phases=(span,)))
+        """Begins to launch and supervise; returns at once."""
         self._task = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def wait_ended(self) -> EngineStatus:
@@ -224,7 +226,6 @@ class EngineClient:
     async def _supervise(self) -> None:
         num_in_a_row = 0
         while True:
-            self._show(boot_record.launched(self.status, self._elapsed_s()))
             began_s = self._clock()
             reason = await self._run_one_engine()
             if self._stop_asked.is_set():
@@ -265,6 +266,7 @@ class EngineClient:
         if not self.failed_setup:
             self._failure = None
         link = self._link = await self._launch()
+        self._show(boot_record.launched(self.status, link.spawned_s - self._started_s))
         if self.failed_setup or self._stop_asked.is_set():  # meanwhile: it is not to boot
             link.kill()
         link.send(Boot(self._switch.wanted))
@@ -299,6 +301,8 @@ class EngineClient:
             case Progress(at_s=at_s):
                 at_s -= self._started_s
                 self._show(boot_record.advanced(self.status, message, at_s))
+            case Beside(name=name, lane=lane, began_s=began_s, ended_s=ended_s):
+                self.note_beside(name, lane, began_s, ended_s)
             case Ready(at_s=at_s):
                 policy = self._policy
                 self._watchdog = Watchdog(

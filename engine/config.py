@@ -20,6 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     num_threads: int = 0
     heartbeat_interval_s: float = 0.25
+    log_level: str = "info"
     cache: str = ""
     """Root of the weights cache; empty: none is read or written."""
     verify: str = "full"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from .models.names import check_tensors
 from .target import Target, choose_target
 
 logger = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -18,6 +17,10 @@ class EngineLink(Protocol):
 
     @property
     def pid(self) -> int: ...
+
+    @property
+    def spawned_s(self) -> float:
+        """time.monotonic() when its process was started."""
 
     def send(self, message: ToEngine) -> None:
         """Never blocks and never fails: what a dead engine does not get, nobody misses."""
@@ -39,11 +42,12 @@ class ProcessLink:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        spawned: Spawned,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        self._process = process
+        self._process = spawned.process
+        self.spawned_s = spawned.at_s
         self._reader = reader
         self._writer = writer
 
@@ -77,12 +81,12 @@ class ProcessLink:
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def launch_process(log_level: str = "info") -> EngineLink:
-    return await linked(spawn(log_level))
+async def launch_process() -> EngineLink:
+    return await linked(spawn())
 
 
 async def linked(spawned: Spawned) -> EngineLink:
     """The channel of a process that runs already."""
     spawned.socket.setblocking(False)
     reader, writer = await asyncio.open_unix_connection(sock=spawned.socket)
-    return ProcessLink(spawned.process, reader, writer)
+    return ProcessLink(spawned, reader, writer)

@@ -70,6 +70,35 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     detail: str = ""
 
 
+class Beside(msgspec.Struct, frozen=True, tag=True):
+    """A stretch of work that ended beside the boot's own line, by the clock of Progress.at_s."""
+
+    name: str
+    lane: str
+    """The thread or process that did it."""
+    began_s: float
+    ended_s: float
+
+
+class WeightsFacts(msgspec.Struct, frozen=True):
+    """How the weights came into memory, in bytes; rates in bytes per second, 0 if not measured."""
+
+    source: str = ""
+    """artefact or checkpoint."""
+    mapped_bytes: int = 0
+    """Handed to the model as views of the file's own pages."""
+    copied_bytes: int = 0
+    """Written anew: packed, converted, or moved to a device."""
+    num_copied_tensors: int = 0
+    verified_bytes: int = 0
+    """Hashed and found good before READY."""
+    read_bytes_per_s: float = 0.0
+    """Of bringing the pages in and hashing them."""
+    copy_bytes_per_s: float = 0.0
+    page_cache_fraction: float = -1.0
+    """Of the file's pages, in memory before the boot touched them; -1: not known."""
+
+
 class ModelFacts(msgspec.Struct, frozen=True):
     """What the loaded model is; found at load, never configured."""
 
@@ -90,6 +119,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     """Operation -> implementation bound."""
     artefact: str = ""
     """Where the weights came from: cached, or the checkpoint and why."""
+    weights: WeightsFacts = WeightsFacts()
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -179,4 +209,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Boot | Unload | Submit | Abort | Stop
-FromEngine = Progress | Ready | Standby | StepRecord | Heartbeat | Failed
+FromEngine = Progress | Beside | Ready | Standby | StepRecord | Heartbeat | Failed

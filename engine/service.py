@@ -6,17 +6,19 @@ Knows messages, the core and the boot; knows no sockets and no process.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 from typing import NoReturn, Protocol
 
-from .boot import Booted, TorchImport, boot, stand_by
+from .boot import Booted, boot, stand_by
 from .build_artefact import start_behind
 from .config import EngineConfig
 from .errors import EngineError, SetupError
 from .heartbeat import Heart, Pulse
 from .messages import (
     Abort,
+    Beside,
     Boot,
     FromEngine,
     Progress,
@@ -27,6 +29,7 @@ from .messages import (
     ToEngine,
     Unload,
 )  # fmt: skip
+from .torch_import import TorchImport
 from .unload import give_memory_back
 
 PROGRESS_INTERVAL_S = 0.05
@@ -55,14 +58,17 @@ class Report:
             self._phase, self._sent_s = phase, now_s
             self._line.send(Progress(phase, now_s, bytes_done, bytes_total, detail))
 
+    def beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
+        self._line.send(Beside(name, lane, began_s, ended_s))
+
 
 class Service:
     """One engine: with a model (`_model`) or on standby."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, torch_import: TorchImport) -> None:
         self._line = line
         self._report = Report(line)
-        self._torch = TorchImport()
+        self._torch = torch_import
         self._has_stood_by = False
         """From then on a model that cannot be loaded is refused; it does not end the engine."""
         self._model: Booted | None = None
@@ -71,6 +77,7 @@ class Service:
 
     def serve(self) -> NoReturn:
         """The loop: take what arrived, compute one batch, tell what came out."""
+        self._report("await_order", 0, 0, "")
         while True:
             for message in self._line.take(block=not self._has_work()):
                 self._obey(message)
@@ -107,6 +114,7 @@ class Service:
         """Raises EngineError, or SetupError where the engine never stood by: it ends then."""
         if self._model is not None:
             raise EngineError("a Boot message while a model is loaded")
+        logging.getLogger().setLevel(config.log_level.upper())
         if not config.model:
             stand_by(self._torch, self._report)
             self._stand_by()
@@ -127,9 +135,10 @@ class Service:
 
     def _load(self, config: EngineConfig) -> None:
         self._model = boot(config, self._report, self._pulse, self._torch)
-        # What lives now lives until the next unload: keep the collector from walking it.
-        gc.collect()
+        # What lives now lives until the next unload: keep the collector from walking it. The boot's
+        # garbage stays with it; to look for it would take longer than the boot's other parts.
         gc.freeze()
+        gc.enable()
         self._line.send(Ready(self._model.facts, time.monotonic()))
         self._heart = Heart(
             self._model.core, self._pulse, config.heartbeat_interval_s, self._line.send
@@ -152,4 +161,5 @@ class Service:
 
     def _stand_by(self, reason: str = "") -> None:
         self._has_stood_by = True
+        gc.enable()
         self._line.send(Standby(time.monotonic(), reason))

@@ -9,15 +9,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
 
 
-@dataclass(frozen=True, slots=True)
 class Spawned:
-    """A process, and our end of its channel."""
+    """A process, our end of its channel, and when it was started: time.monotonic()."""
 
-    process: subprocess.Popen[bytes]
-    socket: socket.socket
+    def __init__(self, process: subprocess.Popen[bytes], ours: socket.socket, at_s: float) -> None:
+        self.process = process
+        self.socket = ours
+        self.at_s = at_s
 
     def discard(self) -> None:
         """Ends it, if it has not ended."""
@@ -26,18 +27,19 @@ class Spawned:
         self.socket.close()
 
 
-def spawn(log_level: str = "info") -> Spawned:
+def spawn() -> Spawned:
     """Starts `python -m pilotlight.engine.process` with one end of a socket pair.
 
     It imports torch and waits for its Boot. By subprocess.Popen and not by an event loop: it uses
     vfork, which leaves the fork handlers of gRPC's threads alone, where uvloop forks.
     """
+    at_s = time.monotonic()
     ours, theirs = socket.socketpair()
     with theirs:
         module = (sys.executable, "-m", "pilotlight.engine.process")
         process = subprocess.Popen(
-            (*module, "--fd", str(theirs.fileno()), "--log-level", log_level),
+            (*module, "--fd", str(theirs.fileno())),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
-    return Spawned(process, ours)
+    return Spawned(process, ours, at_s)

@@ -33,6 +33,8 @@ class PhaseSpan(msgspec.Struct, frozen=True):
     name: str
     started_s: float
     duration_s: float
+    lane: str = ""
+    """Empty: the boot's own line, where one phase begins as another ends. Else who was beside."""
 
     @property
     def ended_s(self) -> float:
@@ -53,7 +55,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     bytes_done: int = 0
     bytes_total: int = 0
     phases: tuple[PhaseSpan, ...] = ()
-    """Phases that ended, in order, of the present boot."""
+    """Phases that ended, in order, of the present boot: they leave no time between them."""
+    beside: tuple[PhaseSpan, ...] = ()
+    """What other threads and processes did meanwhile."""
     facts: ModelFacts | None = None
     statistics: EngineStatistics = EngineStatistics()
     num_restarts: int = 0
@@ -62,3 +66,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     def boot_s(self) -> float:
         """From the ask to the end of the newest phase that ended."""
         return self.phases[-1].ended_s - self.asked_s if self.phases else 0.0
+
+    @property
+    def attributed(self) -> float:
+        """The share of `boot_s` that phases of the boot's own line account for."""
+        return sum(p.duration_s for p in self.phases) / self.boot_s if self.boot_s else 0.0

@@ -6,16 +6,13 @@ decision against torch when it is there.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 from ..kernels.cpu import native
 from ..kernels.layout_names import PANEL16, PLAIN
 from .config import EngineConfig
+from .lean_torch import has_cuda_driver
 
-CUDA_DRIVER = Path("/dev/nvidiactl")
 HALVES = ("bfloat16", "float16")
 
 
@@ -54,20 +51,6 @@ def _device(asked: str) -> str:
     if asked != "auto":
         return asked
     return "cuda" if has_cuda_driver() else "cpu"
-
-
-def has_cuda_driver() -> bool:
-    """A driver, and a torch that was built for it."""
-    return CUDA_DRIVER.exists() and _torch_knows_cuda()
-
-
-def _torch_knows_cuda() -> bool:
-    """Read from the installed files: importing torch is what this must not do."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    return re.search(r"^cuda\b.*= *None", text, re.MULTILINE) is None
 
 
 def _dtype(device: str, checkpoint_dtype: str) -> str:

@@ -74,6 +74,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             heartbeat_interval_s=min(0.25, self.heartbeat_timeout / 4),
             cache="" if self.cache == NO_CACHE else self.cache or str(cache_root()),
             verify=self.verify,
+            log_level=self.log_level,
         )
 
     def policy(self) -> SupervisionPolicy:

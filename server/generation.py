@@ -244,6 +244,7 @@ class Generation:
         if num_tokens and not times.first_token_s:
             times.first_token_s = now_s
             metrics.time_to_first_token.observe(now_s - times.arrived_s)
+            self._services.lifecycle.sent_token()
         elif num_tokens:
             num_steps = -(-num_tokens // len(self._samples))
             metrics.inter_token.observe((now_s - times.newest_token_s) / num_steps)

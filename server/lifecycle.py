@@ -60,6 +60,8 @@ class Lifecycle:
         self._is_closed = False
         self.ready_after_s = 0.0
         """From the ask for the newest boot to READY; 0 before. The first is asked by the start."""
+        self.ports_open_s = self.first_token_s = 0.0
+        """Since process start, once; 0 before."""
         self._asked_s = self._text_s = 0.0
         self._logged = pb.SERVER_STATE_UNSPECIFIED
         self.health = health_aio.HealthServicer()
@@ -108,6 +110,12 @@ class Lifecycle:
             message += f" ({detail})" if detail else WAYS_OUT.get(status.state, "")
             raise NotReady(message, retry_after_s=1.0 if wait_s is None else max(0.1, wait_s))
         return status.facts
+
+    def opened_ports(self) -> None:
+        self.ports_open_s = self.elapsed_s
+
+    def sent_token(self) -> None:
+        self.first_token_s = self.first_token_s or self.elapsed_s
 
     def begin_drain(self) -> None:
         """Readiness goes off at once; the door stays open until `close`."""

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -46,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_SETUP = 0, 1, 2
 LOOP_BEAT_S = 0.5
+FRONT = "front"
+"""The lane of what this process does while the engine boots."""
 LAST_WORDS_S = 2.0
 """What handlers get to write their last status once the engine is gone."""
 
@@ -53,12 +54,14 @@ LAST_WORDS_S = 2.0
 class Server:
     """One data port, one ops port, perhaps an admin port; one engine."""
 
-    def __init__(self, config: ServeConfig, started_s: float, launch: Launch | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, started_s: float, launch: Launch = launch_process
+    ) -> None:
         self._config = config
         self.engine = EngineClient(
             config.engine(),
             config.policy(),
-            launch=launch or partial(launch_process, config.log_level),
+            launch=launch,
             started_s=started_s,
         )
         self.text = ModelText(config.served_name)
@@ -131,6 +134,7 @@ class Server:
         if self._admin:
             await self._admin.start()
         self._ops.start()
+        self.lifecycle.opened_ports()
         self.engine.start()
         self._tasks = [
             asyncio.create_task(self._host.read_first_text()),
@@ -177,13 +181,15 @@ class Server:
         self.requests.close()
 
 
-async def serve(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
-    server = Server(config, started_s, first_engine(spawned, config.log_level))
+async def serve(config: ServeConfig, started_s: float, spawned: Spawned, imported_s: float) -> int:
+    server = Server(config, started_s, first_engine(spawned))
+    server.engine.note_beside("import_front", FRONT, spawned.at_s, imported_s)
     terminate = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, terminate)
     await server.start()
+    server.engine.note_beside("open_ports", FRONT, imported_s, time.monotonic())
     announce(server, config)
     boot = asyncio.create_task(follow_boot(server.engine)) if sys.stderr.isatty() else None
     ended = asyncio.create_task(server.engine.wait_ended())
@@ -202,12 +208,12 @@ async def serve(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
     return EXIT_SETUP if server.engine.failed_setup else EXIT_ENGINE_FAILED
 
 
-def first_engine(spawned: Spawned, log_level: str) -> Launch:
+def first_engine(spawned: Spawned) -> Launch:
     """Launches what was spawned before this module was imported; later engines are new ones."""
     waiting = [spawned]
 
     async def launch() -> EngineLink:
-        return await (linked(waiting.pop()) if waiting else launch_process(log_level))
+        return await (linked(waiting.pop()) if waiting else launch_process())
 
     return launch
 
@@ -226,24 +232,25 @@ def announce(server: Server, config: ServeConfig) -> None:
         **({"admin": f"{ADMIN_HOST}:{server.admin_port}"} if config.admin_port >= 0 else {}),
         "model": "" if config.standby else config.model,
         "pid": os.getpid(),
-        "ports_open_s": round(server.lifecycle.elapsed_s, 3),
+        "ports_open_s": round(server.lifecycle.ports_open_s, 3),
     }
     if sys.stderr.isatty():
         print(f"pilotlight: gRPC on {fields['target']}, ops on {fields['ops']}", file=sys.stderr)
     logger.info("ports are open", extra={"fields": fields})
 
 
-def run(config: ServeConfig, started_s: float, spawned: Spawned) -> int:
-    """Runs a server to its end; returns the exit code. Mistakes cost one line on stderr."""
+def run(config: ServeConfig, started_s: float, spawned: Spawned, imported_s: float) -> int:
+    """Runs a server to its end; returns the exit code. Mistakes cost one line on stderr.
+
+    `imported_s`: time.monotonic() when all that a front needs had been imported.
+    """
     level = "error" if sys.stderr.isatty() and config.log_level == "info" else config.log_level
     log_json_lines("front", level)
     try:
-        return uvloop.run(serve(config, started_s, spawned))
+        return uvloop.run(serve(config, started_s, spawned, imported_s))
     except SetupError as error:
         print(f"pilotlight: {error}", file=sys.stderr)
         return EXIT_SETUP
     except PilotlightError as error:
         print(f"pilotlight: {error}", file=sys.stderr)
         return EXIT_ENGINE_FAILED
-    finally:
-        spawned.discard()

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from ..engine.client import EngineClient
-from ..engine.messages import StepRecord
+from ..engine.messages import StepRecord, WeightsFacts
 from .lifecycle import Lifecycle
 
 # Fine where fast GPUs are: half a millisecond between tokens must not fall into the first bucket.
@@ -152,6 +152,15 @@ class EngineCollector(Collector):
         for phase in status.phases:
             phases.add_metric([phase.name], phase.duration_s)
         yield phases
+        beside = GaugeMetricFamily(
+            "pilotlight_startup_beside_seconds",
+            "What ran beside the phases of the newest boot, by who did it.",
+            labels=["name", "lane"],
+        )
+        for span in status.beside:
+            beside.add_metric([span.name, span.lane], span.duration_s)
+        yield beside
+        yield from self._weights()
         total = status.bytes_total
         yield GaugeMetricFamily(
             "pilotlight_model_load_progress_ratio",
@@ -166,3 +175,37 @@ class EngineCollector(Collector):
             "Newest boot, from process start, restart or order to readiness; 0 until then.",
             self._lifecycle.ready_after_s,
         )
+        for name, text, value in (
+            ("port", "From process start to answering ports.", self._lifecycle.ports_open_s),
+            (
+                "first_token",
+                "From process start to the first token sent.",
+                self._lifecycle.first_token_s,
+            ),
+        ):
+            yield GaugeMetricFamily(
+                f"pilotlight_startup_{name}_seconds", f"{text} 0 before.", value
+            )
+
+    def _weights(self) -> Iterable[Metric]:
+        facts = self._engine.status.facts
+        w = facts.weights if facts else WeightsFacts()
+        sources = GaugeMetricFamily(
+            "pilotlight_startup_bytes",
+            "Weights of the newest boot: mapped, copied, verified.",
+            labels=["source", "way"],
+        )
+        for way in ("mapped", "copied", "verified"):
+            if w.source:
+                sources.add_metric([w.source, way], getattr(w, f"{way}_bytes"))
+        yield sources
+        for name, text, value in (
+            ("read_bandwidth_bytes", "Bytes a second, reading and hashing.", w.read_bytes_per_s),
+            ("copy_bandwidth_bytes", "Bytes a second, packing or copying.", w.copy_bytes_per_s),
+            (
+                "page_cache_fraction",
+                "Of the weights' pages, in memory before the boot; -1: not known.",
+                w.page_cache_fraction,
+            ),
+        ):
+            yield GaugeMetricFamily(f"pilotlight_startup_{name}", text, value)

@@ -1,20 +1,33 @@
-"""The first moment of `pilotlight serve`: an engine is started before anything else is imported.
+"""The first moments of `pilotlight serve`: an engine is started before anything else is imported.
 
-The engine needs a second for torch, and this process half of one for gRPC and its friends: they
-pass side by side. Imports nothing heavy itself.
+The engine needs a second for torch, and this process half of one for the command line, gRPC and
+their friends: they pass side by side. Imports nothing heavy itself.
 """
 
 from __future__ import annotations
 
-from ..engine.spawn import spawn
-from .config import ServeConfig
-from .timeline import process_started_s
+import time
+from typing import TYPE_CHECKING
+
+from ..engine.spawn import Spawned, spawn
+
+if TYPE_CHECKING:
+    from .config import ServeConfig
 
 
-def main(config: ServeConfig) -> int:
+def early_engine(words: list[str]) -> Spawned | None:
+    """An engine process for a command line that serves; what turns out to be wrong discards it."""
+    is_wanted = words[:1] == ["serve"] and not {"-h", "--help"} & set(words)
+    return spawn() if is_wanted else None
+
+
+def main(config: ServeConfig, spawned: Spawned | None) -> int:
     """Runs a server to its end; returns the exit code."""
-    started_s = process_started_s()
-    spawned = spawn(config.log_level)
+    spawned = spawned or spawn()
     from .main import run
+    from .timeline import process_started_s
 
-    return run(config, started_s, spawned)
+    try:
+        return run(config, process_started_s(), spawned, imported_s=time.monotonic())
+    finally:
+        spawned.discard()

@@ -17,7 +17,9 @@ async def follow_boot(engine: EngineClient, out: TextIO = sys.stderr) -> None:
     was = None
     async for status in engine.status_changes():
         if status.state is EngineState.READY and was is not EngineState.READY:
-            print(CLEAR_LINE + "\n".join(timeline_lines(status.phases)), file=out, flush=True)
+            weights = status.facts.weights if status.facts else None
+            lines = timeline_lines(status.phases, status.beside, weights)
+            print(CLEAR_LINE + "\n".join(lines), file=out, flush=True)
         elif status.state is EngineState.STALLED and was is not EngineState.STALLED:
             print(f"{CLEAR_LINE}  STALLED: {status.reason}", file=out, flush=True)
         elif status.state not in (EngineState.READY, EngineState.STALLED):

@@ -88,6 +88,7 @@ class FakeLink:
     def __init__(self, engine: FakeEngine, pid: int) -> None:
         facts = engine.facts
         self.pid = pid
+        self.spawned_s = engine.clock()
         self.is_held = engine.is_held
         self.received: list[ToEngine] = []
         self._engine = engine

@@ -13,6 +13,7 @@ import os
 MADV_POPULATE_READ = 22
 """Linux 5.14."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
 class _BufferHead(ctypes.Structure):
@@ -28,6 +29,18 @@ def address_of(mapping: mmap.mmap) -> int:
     address = int(head.address or 0)
     ctypes.pythonapi.PyBuffer_Release(ctypes.byref(head))
     return address
+
+
+def resident_fraction(mapping: mmap.mmap) -> float:
+    """The share of the mapping's pages in memory now, 0 to 1; see mincore(2). Raises OSError."""
+    num_pages = -(-len(mapping) // mmap.PAGESIZE)
+    states = (ctypes.c_ubyte * num_pages)()
+    start, length = ctypes.c_void_p(address_of(mapping)), ctypes.c_size_t(len(mapping))
+    if _LIBC.mincore(start, length, states) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    # The lowest bit says it; the others are reserved.
+    return bytes(states).translate(_LOWEST_BIT).count(1) / num_pages if num_pages else 1.0
 
 
 def populate(mapping: mmap.mmap, offset: int, num_bytes: int) -> bool:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..engine.errors import BadArtefact
 from .arena import Arena
+from .pages import resident_fraction
 
 OnBytes = Callable[[int], None]
 """Called with the bytes found good so far; from any thread, one at a time."""
@@ -51,6 +54,10 @@ class Verification:
         self._num_threads = num_threads or default_threads()
         self._stop = threading.Event()
         self._is_good = False
+        self.began_s = self.ended_s = 0.0
+        """time.monotonic() of the pass."""
+        self.page_cache_fraction = -1.0
+        """Of the artefact's pages, in memory when the pass began; -1: not known."""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
 
@@ -82,6 +89,9 @@ class Verification:
             self._error = error
 
     def _verify(self) -> None:
+        self.began_s = time.monotonic()
+        with suppress(OSError):
+            self.page_cache_fraction = resident_fraction(self._arena.map())
         try:
             self._is_good = verify_chunks(
                 self._arena, self._on_bytes, self._stop, self._num_threads
@@ -89,6 +99,8 @@ class Verification:
         except BadArtefact as error:
             self._on_failure(error)
             raise
+        finally:
+            self.ended_s = time.monotonic()
 
 
 class _Pass:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.layouts import pack, pack_paired
 from ...weights_cache.stream import MappedWeights
+from ..messages import WeightsFacts
 from .config import ModelConfig
 from .recipes import Recipe, recipes
 
@@ -73,8 +74,19 @@ class Preparer:
         self._device = device
         self._dtype = dtype
         self._report = report
-        self._num_bytes = 0
-        self.num_copied_bytes = 0
+        self._num_bytes = self._num_mapped_bytes = 0
+        self._num_copied_bytes = self._num_copied_tensors = 0
+
+    def facts(self, spent_s: float) -> WeightsFacts:
+        """What was handed over, if all of it took `spent_s`."""
+        copied = self._num_copied_bytes
+        return WeightsFacts(
+            "checkpoint",
+            mapped_bytes=self._num_mapped_bytes,
+            copied_bytes=copied,
+            num_copied_tensors=self._num_copied_tensors,
+            copy_bytes_per_s=copied / spent_s,
+        )
 
     def __call__(self, recipe: Recipe) -> Tensor:
         parts = [self._source.tensor(name) for name in recipe.parts]
@@ -89,7 +101,7 @@ class Preparer:
             return self._copied(pack_paired(gate, up))
         if len(parts) == 1 and recipe.layout == PLAIN:
             tensor = parts[0].to(self._device, self._dtype)
-            return tensor if tensor is parts[0] else self._copied(tensor)
+            return self._mapped(tensor) if tensor is parts[0] else self._copied(tensor)
         stack = self._stacked(parts)
         return self._copied(stack if recipe.layout == PLAIN else pack(stack))
 
@@ -104,7 +116,12 @@ class Preparer:
         return whole
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        self.num_copied_bytes += tensor.nbytes
+        self._num_copied_bytes += tensor.nbytes
+        self._num_copied_tensors += 1
+        return tensor
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        self._num_mapped_bytes += tensor.nbytes
         return tensor
 
 

@@ -6,24 +6,23 @@ Knows files and the machine; knows no process and no requests. Every stretch is 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
+from msgspec.structs import replace
 
 from ...kernels.table import Kernels, bind
 from ...weights_cache.stream import MappedArena, MappedWeights
+from ..boot_report import BootReport
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..found_weights import FoundWeights
-from ..messages import ModelFacts
+from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
-from ..models.recipes import Recipe
 from ..models.weights import ModelWeights, Preparer, assemble
 from .kv_cache import KvPlan, allocate, plan_kv_cache
 from .runner import Runner
-
-Report = Callable[[str, int, int, str], None]
-"""phase, bytes done, bytes in all, detail."""
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,14 +34,14 @@ def prepare() -> None:
 
 
 def load_runner(
-    config: EngineConfig, found: FoundWeights, report: Report, pulse: Callable[[], None]
+    config: EngineConfig, found: FoundWeights, report: BootReport, pulse: Callable[[], None]
 ) -> tuple[Runner, ModelFacts]:
     """Loads what was found. Raises SetupError. `pulse` is called per layer of each step."""
     model, target = found.model, found.target
     device, dtype = checked_device(target.device), DTYPES[target.dtype]
     _set_threads(config.num_threads, device)
     with torch.inference_mode():
-        weights = _weights(found, device, dtype, report)
+        weights, weights_facts = _weights(found, device, dtype, report)
     report("bind_kernels", 0, 0, f"{device.type}, {target.dtype}")
     kernels = bind(device, dtype)
     report("allocate_kv", 0, 0, "")
@@ -57,28 +56,30 @@ def load_runner(
             max_batched_tokens=config.max_batched_tokens,
             device=device,
         )
-    return runner, _facts(found, kernels, plan, device, dtype)
+    return runner, replace(_facts(found, kernels, plan, device, dtype), weights=weights_facts)
 
 
 def _weights(
-    found: FoundWeights, device: torch.device, dtype: torch.dtype, report: Report
-) -> ModelWeights:
-    total = found.num_bytes
+    found: FoundWeights, device: torch.device, dtype: torch.dtype, report: BootReport
+) -> tuple[ModelWeights, WeightsFacts]:
+    total, layout = found.num_bytes, found.target.layout
     report("load_weights", 0, total, found.origin)
-    get: Callable[[Recipe], torch.Tensor]
     if found.leased is not None:
         mapped = MappedArena(found.leased.arena)
-        get = lambda recipe: mapped.tensor(recipe.name)  # noqa: E731
+        weights = assemble(found.model, layout, lambda recipe: mapped.tensor(recipe.name))
+        facts = WeightsFacts("artefact", mapped_bytes=total)
     else:
-        get = Preparer(
+        began_s = time.monotonic()
+        prepared = Preparer(
             MappedWeights(found.manifest),
             device,
             dtype,
             lambda done: report("load_weights", done, total, found.origin),
         )
-    weights = assemble(found.model, found.target.layout, get)
+        weights = assemble(found.model, layout, prepared)
+        facts = prepared.facts(time.monotonic() - began_s)
     report("load_weights", total, total, found.origin)
-    return weights
+    return weights, facts
 
 
 def checked_device(name: str) -> torch.device:

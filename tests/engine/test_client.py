@@ -175,7 +175,7 @@ async def test_phases_follow_each_other_without_gaps() -> None:
         phases = b.client.status.phases
         names = [phase.name for phase in phases]
         assert names == [
-            "open_ports",
+            "start_process",
             "start_engine",
             "check",
             "import_torch",

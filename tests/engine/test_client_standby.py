@@ -44,7 +44,7 @@ async def _begun(bench: Bench, work: Awaitable[None]) -> asyncio.Future[None]:
 async def test_an_engine_without_a_model_stands_by_and_takes_nothing() -> None:
     async with started(model="") as b:
         assert [phase.name for phase in b.client.status.phases] == [
-            "open_ports", "start_engine", "import_torch",
+            "start_process", "start_engine", "import_torch",
         ]  # fmt: skip
         assert b.client.status.facts is None
         with pytest.raises(NotReady, match="standby"):

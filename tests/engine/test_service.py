@@ -71,8 +71,11 @@ class ScriptedLine:
 class NoTorch:
     """In place of the import that every engine begins with."""
 
-    def wait(self) -> None:
-        pass
+    def wait(self) -> list[Any]:
+        return []
+
+
+NO_TORCH: Any = NoTorch()
 
 
 class Models:
@@ -112,7 +115,6 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
         gc.unfreeze()
         gc.collect()
 
-    monkeypatch.setattr(service_module, "TorchImport", NoTorch)
     monkeypatch.setattr(service_module, "stand_by", lambda torch_import, report: None)
     monkeypatch.setattr(service_module, "boot", models.boot)
     monkeypatch.setattr(service_module, "give_memory_back", count_given_back)
@@ -123,7 +125,7 @@ def _serve(*script: ToEngine | Callable[[], None]) -> list[FromEngine]:
     """What the engine said, its heartbeats left out."""
     line = ScriptedLine(*script)
     with pytest.raises(EndOfScript):
-        Service(line).serve()
+        Service(line, NO_TORCH).serve()
     return line.sent
 
 
@@ -137,7 +139,7 @@ def _tokens(sent: list[FromEngine]) -> list[int]:
 
 
 def test_without_a_model_the_engine_stands_by(models: Models) -> None:
-    [standby] = _serve(STAND_BY)
+    [*_, standby] = _serve(STAND_BY)
     assert isinstance(standby, Standby)
     assert (standby.reason, standby.at_s > 0.0) == ("", True)
 
@@ -189,12 +191,12 @@ def test_a_model_that_is_refused_does_not_end_an_engine_that_stood_by(
 
 def test_a_model_that_is_refused_at_the_first_boot_ends_the_engine(models: Models) -> None:
     with pytest.raises(SetupError, match="bad is not a folder"):
-        Service(ScriptedLine(REFUSED)).serve()
+        Service(ScriptedLine(REFUSED), NO_TORCH).serve()
 
 
 def test_a_second_model_beside_the_first_is_an_error_of_ours(models: Models) -> None:
     with pytest.raises(EngineError, match="while a model is loaded"):
-        Service(ScriptedLine(LOAD, LOAD)).serve()
+        Service(ScriptedLine(LOAD, LOAD), NO_TORCH).serve()
 
 
 def test_what_the_load_froze_is_collected_when_memory_is_given_back() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from pilotlight.bench.make_model import SHAPES
 from pilotlight.engine.boot import boot
+from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.messages import Output, Submit
@@ -34,7 +35,7 @@ def fp32_engine(folder: Path, **overrides: int) -> EngineCore:
     config = EngineConfig(
         model=str(folder), device="cpu", dtype="float32", **(settings | overrides)
     )
-    return boot(config, lambda *_: None, lambda: None).core
+    return boot(config, Unheard(), lambda: None).core
 
 
 def greedy(num_tokens: int) -> SamplingParams:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pilotlight.bench.make_model import write_model
 from pilotlight.engine.boot import Booted, boot
+from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.models import artefact
 from pilotlight.tests.models.checkpoints import engine_tokens, prompt_of
@@ -33,7 +34,7 @@ class Cached:
             cache=str(self.cache) if cache else "",
             verify=verify,
         )
-        return boot(config, lambda *_: None, lambda: None)
+        return boot(config, Unheard(), lambda: None)
 
     def tokens(self, booted: Booted) -> list[list[int]]:
         prompts = [prompt_of(length, seed=length) for length in (1, 17, 40)]

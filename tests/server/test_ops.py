@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
+from pilotlight.engine.messages import Beside, WeightsFacts
 from pilotlight.engine.status import EngineState
 from pilotlight.server.ops import LOOP_TIMEOUT_S, LoopPulse, OpsApp
 from pilotlight.tests.fake_engine import PHASES, FakeEngine
@@ -40,7 +42,7 @@ async def test_startup_is_the_boots_timeline() -> None:
     async with served() as s:
         status, boot = await _probe(s, "/startup")
     assert (status, boot["state"], boot["eta_s"]) == (200, "READY", 0.0)
-    assert [phase["name"] for phase in boot["phases"]] == ["open_ports", "start_engine", *PHASES]
+    assert [phase["name"] for phase in boot["phases"]] == ["start_process", "start_engine", *PHASES]
     assert (boot["bytes_done"], boot["bytes_total"], boot["num_restarts"]) == (20, 20, 0)
 
 
@@ -95,6 +97,41 @@ async def test_counters_and_histograms_move_with_a_request() -> None:
         assert before[f"pilotlight_{name}_seconds_count"] == 0
         assert after[f"pilotlight_{name}_seconds_count"] == 1
     assert after["pilotlight_step_duration_seconds_count"] == 8
+
+
+async def test_a_boot_is_told_in_numbers() -> None:
+    weights = WeightsFacts(
+        "artefact",
+        mapped_bytes=4096,
+        verified_bytes=4096,
+        read_bytes_per_s=8e9,
+        page_cache_fraction=0.25,
+    )
+    engine = FakeEngine(boots=False)
+    engine.facts = replace(engine.facts, weights=weights)
+    async with served(engine, is_ready=False) as s:
+        await s.until(lambda: bool(s.engine.links))
+        began_s = s.engine.clock()
+        s.engine.link.say(Beside("torch.modules", "torch", began_s, began_s + 0.5))
+        s.engine.link.become_ready()
+        await s.until(lambda: s.server.lifecycle.is_ready)
+        before = await _metrics(s)
+        await s.stub.Complete(ids_request([1, 2, 3], 8))
+        after = await _metrics(s)
+        _, boot = await _probe(s, "/startup")
+    name = "pilotlight_startup"
+    assert after[f"{name}_beside_seconds torch torch.modules"] == pytest.approx(0.5)
+    assert after[f"{name}_bytes artefact mapped"] == 4096
+    assert after[f"{name}_bytes artefact copied"] == 0
+    assert after[f"{name}_bytes artefact verified"] == 4096
+    assert after[f"{name}_read_bandwidth_bytes"] == 8e9
+    assert after[f"{name}_page_cache_fraction"] == 0.25
+    assert 0 < before[f"{name}_port_seconds"] < after[f"{name}_first_token_seconds"]
+    assert before[f"{name}_first_token_seconds"] == 0
+    assert boot["weights"]["mapped_bytes"] == 4096
+    assert boot["attributed"] == pytest.approx(1.0)
+    [span] = [span for span in boot["beside"] if span["lane"] == "torch"]
+    assert (span["name"], span["s"]) == ("torch.modules", 0.5)
 
 
 async def test_time_between_tokens_is_measured_from_the_second_on() -> None:

@@ -36,7 +36,7 @@ async def test_watch_startup_moves_with_the_boot_and_ends_at_ready() -> None:
         watch = aiter(s.stub.WatchStartup(WATCH))
         first = await anext(watch)
         assert (first.state, first.phase) == (pb.SERVER_STATE_STARTING, "check")
-        assert [phase.name for phase in first.phases] == ["open_ports", "start_engine"]
+        assert [phase.name for phase in first.phases] == ["start_process", "start_engine"]
         s.engine.link.say(Progress("load_weights", 0.0, 25, 100, "model.safetensors"))
         loading = await anext(watch)
         while loading.state == pb.SERVER_STATE_STARTING:

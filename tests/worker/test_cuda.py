@@ -8,6 +8,7 @@ import pytest
 import torch
 from pilotlight.bench.make_model import SHAPES, write_model
 from pilotlight.engine.boot import boot
+from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.messages import Submit
 from pilotlight.engine.sampling_params import SamplingParams
@@ -29,7 +30,7 @@ def _greedy(folder: Path, device: str) -> dict[str, list[int]]:
         max_batched_tokens=16,
         max_model_len=200,
     )
-    booted = boot(config, lambda *_: None, lambda: None)
+    booted = boot(config, Unheard(), lambda: None)
     core, facts = booted.core, booted.facts
     assert facts.device.startswith(device)
     sampling = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
