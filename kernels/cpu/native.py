@@ -14,7 +14,6 @@ from typing import cast
 
 LIBRARY_PATH = Path(__file__).with_name("libpilotlight_cpu.so")
 ABI_VERSION = 3
-OPENMP_LIBRARIES = ("libgomp", "libiomp5")
 
 _ERRORS = {
     1: (MemoryError, "the CPU kernels could not get memory"),
@@ -48,8 +47,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.pilotlight_use_level.argtypes = [ctypes.c_char_p]
     library.pilotlight_set_num_threads.restype = None
     library.pilotlight_set_num_threads.argtypes = [ctypes.c_int]
-    library.pilotlight_use_openmp.restype = None
-    library.pilotlight_use_openmp.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -102,24 +99,7 @@ def force_level(name: str) -> None:
 def set_num_threads(num_threads: int) -> None:
     """Let the native code use `num_threads` threads, this one included."""
     if handle := library():
-        handle.pilotlight_use_openmp(_openmp_parallel())
         handle.pilotlight_set_num_threads(num_threads)
-
-
-@cache
-def _openmp_parallel() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP library this process has loaded, if it has one."""
-    for path in _mapped_libraries():
-        if Path(path).name.startswith(OPENMP_LIBRARIES):
-            function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-            return ctypes.cast(function, ctypes.c_void_p).value if function else None
-    return None
-
-
-def _mapped_libraries() -> list[str]:
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return sorted({line.split(maxsplit=5)[-1] for line in lines if ".so" in line})
 
 
 @cache

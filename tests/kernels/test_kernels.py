@@ -86,15 +86,12 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
         ("paged_attention", "chunked-prefill-with-decodes"),
     ),
 )
-@pytest.mark.parametrize("is_own_pool", (False, True))
-def test_results_do_not_depend_on_threads(op: str, case: str, is_own_pool: bool) -> None:
+def test_results_do_not_depend_on_threads(op: str, case: str) -> None:
     function = table.Implementation(op, "cpu").function()
     arguments = cases_of(op)[case].make(CPU, torch.bfloat16)
     outcomes = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        if is_own_pool and (library := native.library()):
-            library.pilotlight_use_openmp(None)
         outcomes.append(function(*arguments))
     native.set_num_threads(2)
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)

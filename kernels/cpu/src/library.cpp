@@ -171,8 +171,6 @@ PILOTLIGHT_API bool pilotlight_use_level(const char* name) {
 
 PILOTLIGHT_API void pilotlight_set_num_threads(int num_threads) { set_num_threads(num_threads); }
 
-PILOTLIGHT_API void pilotlight_use_openmp(OpenMpParallel parallel) { use_openmp(parallel); }
-
 PILOTLIGHT_API int pilotlight_rms_norm(DType dtype, const RmsNormArgs* a) {
   return status(level().rms_norm(dtype, *a));
 }

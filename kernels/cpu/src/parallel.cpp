@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -17,7 +18,6 @@ namespace pilotlight {
 namespace {
 
 std::atomic<int> wanted_threads{1};
-std::atomic<OpenMpParallel> openmp{nullptr};
 
 struct Job {
   Task task;
@@ -34,29 +34,66 @@ struct Job {
   }
 };
 
-// Threads of our own, for a process without OpenMP. They sleep between jobs: without a second pool
-// to fight, the wake-up is all they cost. The one pool is never destroyed, so it needs no order at
-// exit. Only one job runs at a time; a second caller does its work alone.
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins while `goes_on`, for about as long as the gap between two operations of a step, then gives
+// its turn to others that want the core. False: it went on all the time.
+template <class Condition>
+bool spun_until_not(Condition goes_on, std::chrono::microseconds time) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  while (goes_on()) {
+    for (int i = 0; i < 32; ++i) pause_briefly();
+    if (std::chrono::steady_clock::now() > end) return !goes_on();
+  }
+  return true;
+}
+
+// Threads that join a job while it is open. Whoever the system has not woken in time is not waited
+// for: on a machine that others use as well, a job never lasts longer than its caller alone would
+// take, where an OpenMP team waits for its last member to get a core. The one pool is never destroyed,
+// so it needs no order at exit. Only one job runs at a time; a second caller does its work alone.
 class Pool {
  public:
   void run(Job& job, int num_threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return job.work();
     grow(num_threads - 1);
-    {
-      std::lock_guard<std::mutex> guard(mutex_);
-      job_ = &job;
-      places_ = num_threads - 1;
-    }
-    wake_.notify_all();
+    places_ = num_threads - 1;
+    open(job);
     job.work();
-    std::unique_lock<std::mutex> guard(mutex_);
-    places_ = 0;
-    done_.wait(guard, [this] { return num_busy_ == 0; });
-    job_ = nullptr;
+    close();
   }
 
  private:
+  // The gate: a job's number in the upper half, kOpen, and how many have joined.
+  using Gate = std::uint64_t;
+  static constexpr Gate kOpen = 1u << 31, kCount = kOpen - 1;
+  static constexpr std::chrono::microseconds kIdleSpin{100}, kEndSpin{20};
+
+  static std::uint32_t number_of(Gate gate) { return static_cast<std::uint32_t>(gate >> 32); }
+
+  void open(Job& job) {
+    job_ = &job;
+    num_left_.store(0, std::memory_order_relaxed);
+    const Gate number = number_of(gate_.load(std::memory_order_relaxed)) + 1u;
+    gate_.store(number << 32 | kOpen);
+    if (num_asleep_.load() == 0) return;
+    { std::lock_guard<std::mutex> guard(mutex_); }  // one that is about to sleep sleeps by now
+    wake_.notify_all();
+  }
+
+  // Nobody joins any more; waits for those who did.
+  void close() {
+    const Gate last = gate_.fetch_and(~kOpen);
+    const int num_joined = static_cast<int>(last & kCount);
+    const auto is_busy = [&] { return num_left_.load(std::memory_order_acquire) < num_joined; };
+    while (!spun_until_not(is_busy, kEndSpin)) std::this_thread::yield();
+  }
+
   // Where the system gives no more threads, those there are do the work.
   void grow(int num_workers) {
     try {
@@ -66,23 +103,47 @@ class Pool {
   }
 
   [[noreturn]] void serve() {
-    std::unique_lock<std::mutex> guard(mutex_);
-    for (;;) {
-      wake_.wait(guard, [this] { return places_ > 0; });
-      --places_;
-      ++num_busy_;
-      Job* job = job_;
-      guard.unlock();
-      job->work();
-      guard.lock();
-      if (--num_busy_ == 0) done_.notify_one();
+    for (std::uint32_t seen = 0;;) {
+      const Gate gate = await(seen);
+      seen = number_of(gate);
+      if (!joined(gate)) continue;
+      job_->work();
+      num_left_.fetch_add(1, std::memory_order_release);
     }
   }
 
+  // An open gate with another number than `seen`.
+  Gate await(std::uint32_t seen) {
+    const auto is_none = [&] { return !is_new(gate_.load(std::memory_order_acquire), seen); };
+    if (!spun_until_not(is_none, kIdleSpin)) {
+      std::unique_lock<std::mutex> guard(mutex_);
+      num_asleep_.fetch_add(1);
+      wake_.wait(guard, [&] { return is_new(gate_.load(), seen); });
+      num_asleep_.fetch_sub(1);
+    }
+    return gate_.load();
+  }
+
+  static bool is_new(Gate gate, std::uint32_t seen) {
+    return (gate & kOpen) && number_of(gate) != seen;
+  }
+
+  // Takes a place, unless the job is over or has none left: then its memory may be gone.
+  bool joined(Gate gate) {
+    const std::uint32_t number = number_of(gate);
+    while (is_new(gate, number - 1) && number_of(gate) == number &&
+           static_cast<int>(gate & kCount) < places_.load(std::memory_order_relaxed)) {
+      if (gate_.compare_exchange_weak(gate, gate + 1)) return true;
+    }
+    return false;
+  }
+
   std::mutex turn_, mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
+  alignas(64) std::atomic<Gate> gate_{0};
+  alignas(64) std::atomic<int> num_left_{0}, num_asleep_{0}, places_{0};
   Job* job_ = nullptr;
-  int num_workers_ = 0, places_ = 0, num_busy_ = 0;
+  int num_workers_ = 0;
 };
 
 struct Free {
@@ -97,14 +158,9 @@ void parallel_for(i64 count, i64 grain, Task task, void* context) {
     if (count > 0) task(context, 0, count);
     return;
   }
+  static Pool& pool = *new Pool;
   Job job{task, context, count, grain};
-  if (const OpenMpParallel parallel = openmp.load(std::memory_order_relaxed)) {
-    // Always the same number: libgomp ends and restarts threads when the team's size changes.
-    parallel([](void* raw) { static_cast<Job*>(raw)->work(); }, &job, num, 0);
-  } else {
-    static Pool& pool = *new Pool;
-    pool.run(job, num);
-  }
+  pool.run(job, num);
 }
 
 void* scratch(std::size_t num_bytes) {
@@ -131,7 +187,5 @@ void expect_large_pages(void* memory, std::size_t num_bytes) {
 void set_num_threads(int num_threads) { wanted_threads.store(std::max(1, num_threads)); }
 
 int num_threads() { return wanted_threads.load(); }
-
-void use_openmp(OpenMpParallel parallel) { openmp.store(parallel); }
 
 }  // namespace pilotlight

@@ -23,9 +23,4 @@ void expect_large_pages(void* memory, std::size_t num_bytes);
 void set_num_threads(int num_threads);
 int num_threads();
 
-// The `GOMP_parallel` of the OpenMP run time that torch uses. With it the native code runs on
-// torch's own threads: two pools that both spin would fight over the same cores.
-using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned num_threads, unsigned flags);
-void use_openmp(OpenMpParallel parallel);
-
 }  // namespace pilotlight
