@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..engine.errors import ConfigError
 from .startup_cold import drop_pages, resident_fraction
 
 CHUNK_BYTES = 8 << 20
@@ -31,11 +33,7 @@ COMMANDS = {
 
 def measure_limits(file: Path) -> dict[str, Any]:
     """Rates in bytes per second, times in seconds (medians). The file's pages end up in memory."""
-    limits: dict[str, Any] = {"num_bytes": file.stat().st_size}
-    for num_threads in (1, 2):
-        resident = drop_pages([file])
-        limits[f"cold_read_{num_threads}_bytes_per_s"] = round(read_rate(file, num_threads))
-        limits["resident_before_read"] = round(resident, 6)
+    limits: dict[str, Any] = {"num_bytes": file.stat().st_size} | _cold_rates(file)
     for num_threads in (1, 2):
         limits[f"warm_read_{num_threads}_bytes_per_s"] = round(read_rate(file, num_threads))
     limits["resident_before_warm_read"] = round(resident_fraction([file]), 4)
@@ -44,10 +42,21 @@ def measure_limits(file: Path) -> dict[str, Any]:
     return limits | {"floor_s": floor_s(limits)}
 
 
+def _cold_rates(file: Path) -> dict[str, float]:
+    """Empty where the pages cannot be dropped, as in a file system that is memory itself."""
+    rates: dict[str, float] = {}
+    with suppress(ConfigError):
+        for num_threads in (1, 2):
+            rates["resident_before_read"] = round(drop_pages([file]), 6)
+            rates[f"cold_read_{num_threads}_bytes_per_s"] = round(read_rate(file, num_threads))
+    return rates
+
+
 def floor_s(limits: dict[str, Any]) -> float:
     """One process, its torch imported, while a second core brings each byte in from page cache."""
-    reading_s = limits["num_bytes"] / limits["warm_read_1_bytes_per_s"]
-    return round(max(limits["import_torch_lean_s"], limits["python_s"] + reading_s), 4)
+    reading_s: float = limits["num_bytes"] / limits["warm_read_1_bytes_per_s"]
+    importing_s: float = limits["import_torch_lean_s"]
+    return round(max(importing_s, limits["python_s"] + reading_s), 4)
 
 
 def read_rate(file: Path, num_threads: int) -> float:

@@ -79,7 +79,7 @@ def _convert(python: str, model: Path, target: Path) -> None:
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    export = [tool, "export", "openvino", "-m", model, *task, partial]
+    export = [str(tool), "export", "openvino", "-m", str(model), *task, str(partial)]
     try:
         done = subprocess.run(export, capture_output=True, text=True)
     except OSError as error:

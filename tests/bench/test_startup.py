@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pilotlight.bench import startup, startup_cold, startup_peers, startup_picture
+from pilotlight.bench import (
+    startup,
+    startup_cold,
+    startup_limits,
+    startup_peers,
+    startup_picture,
+)
 from pilotlight.bench.startup_figures import (
     Span,
     Start,
@@ -124,6 +130,28 @@ def test_pages_are_dropped_and_the_proof_sees_those_that_are_not(tmp_path: Path)
             startup_cold.drop_pages([file])
 
 
+def test_where_pages_stay_there_is_no_cold_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(files: list[Path]) -> float:
+        raise ConfigError(f"{files} stay")
+
+    monkeypatch.setattr(startup_limits, "drop_pages", refuse)
+    monkeypatch.setattr(startup_limits, "run_s", lambda _code: 1.0)
+    monkeypatch.setattr(startup_limits, "COPY_BYTES", 1 << 20)
+    (tmp_path / "weights").write_bytes(b"x" * (1 << 20))
+    limits = startup_limits.measure_limits(tmp_path / "weights")
+    assert not [name for name in limits if "cold" in name]
+    assert limits["num_bytes"] == 1 << 20
+    assert limits["floor_s"] >= 1.0
+
+
+def test_reading_stops_with_an_error_where_the_file_became_shorter(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"x" * 100)
+    with pytest.raises(EOFError, match="100 of 200"):
+        startup_limits._read(tmp_path / "weights", 0, 200)
+
+
 # ---- peers ---------------------------------------------------------------------------------------
 
 PEER = """
@@ -183,5 +211,6 @@ def test_real_starts_of_the_demo_model(tmp_path: Path, capfd: pytest.CaptureFixt
     moments = [result[n]["median"] for n in ("ports_open_s", "ready_s", "first_token_s")]
     assert moments == sorted(moments)
     assert "warm" in result["phases"]
+    assert result["limits"]["import_torch_s"] > 0.0
     assert 0.0 < result["attributed"] <= 1.01
     assert result["standby"]["first_token_s"]["median"] > 0.0
