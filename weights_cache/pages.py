@@ -55,3 +55,14 @@ def populate(mapping: mmap.mmap, offset: int, num_bytes: int) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(code, os.strerror(code))
+
+
+def num_resident(mapping: mmap.mmap) -> int:
+    """Pages of the mapping that are in memory, by mincore(2); of the file, whoever brought them."""
+    num_pages = -(-len(mapping) // mmap.PAGESIZE)
+    marks = (ctypes.c_ubyte * num_pages)()
+    start = ctypes.c_void_p(address_of(mapping))
+    if _LIBC.mincore(start, ctypes.c_size_t(len(mapping)), marks) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return sum(mark & 1 for mark in bytes(marks))
