@@ -12,7 +12,7 @@ from .slots import SlotTables
 
 
 class Runner:
-    """Owns the device state of all slots; one step at a time."""
+    """Owns the device state of all slots; one step of at most `max_num_drafts` drafts at a time."""
 
     def __init__(
         self,
@@ -23,13 +23,15 @@ class Runner:
         block_size: int,
         max_num_seqs: int,
         max_batched_tokens: int,
+        max_num_drafts: int,
         device: torch.device,
     ) -> None:
         self._model = model
         self._caches = caches
         self._tables = SlotTables(max_num_seqs, context_len, block_size)
+        max_num_rows = max_num_seqs + max_num_drafts
         self._inputs = InputBuffers(
-            self._tables, max_batched_tokens, max_num_seqs, block_size, device
+            self._tables, max_batched_tokens, max_num_rows, block_size, device
         )
         self._sampler = Sampler(self._tables)
 
