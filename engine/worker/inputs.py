@@ -44,6 +44,8 @@ class StepInputs:
     slots: np.ndarray
     lengths: np.ndarray
     """Tokens of the sequence before the one to be sampled."""
+    is_decode: bool
+    """Every row is one token, and is sampled after."""
 
 
 class InputBuffers:
@@ -92,6 +94,7 @@ class InputBuffers:
             sampled=self._sampled.on_device(len(chosen)),
             slots=slots[chosen],
             lengths=(starts + counts)[chosen],
+            is_decode=len(chosen) == num_tokens,
         )
 
     def _fill_rows(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
