@@ -15,6 +15,9 @@ import math
 MATCHED_LENGTHS = (4, 2)
 """So many newest tokens are looked up, the longer first: a longer match is a better guess."""
 
+MAX_INDEXED_AT_ONCE = 4096
+"""Tokens per step and sequence: ten milliseconds at most, whatever the prompt."""
+
 MEMORY = 0.9
 """Weight of the past against one draft's fate when the rate of acceptance is estimated."""
 
@@ -33,8 +36,10 @@ class NgramIndex:
         self._num_indexed = length
 
     def extend(self, token_ids: list[int]) -> None:
-        """Takes what the sequence gained. Its last n-gram has no next token and waits."""
-        n, start, end = self._length, self._num_indexed, len(token_ids)
+        """Takes what the sequence gained, of a long prompt a part at each call. The last n-gram has
+        no next token and waits."""
+        n, start = self._length, self._num_indexed
+        end = min(len(token_ids), start + MAX_INDEXED_AT_ONCE)
         if start < end:
             columns = [token_ids[start - n + i : end - n + i] for i in range(n)]
             hashes = map(hash, zip(*columns, strict=True))

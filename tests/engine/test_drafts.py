@@ -7,6 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 from pilotlight.engine.drafts import (
+    MAX_INDEXED_AT_ONCE,
     MATCHED_LENGTHS,
     PROBE_INTERVAL,
     Acceptance,
@@ -54,6 +55,13 @@ def test_the_index_finds_the_newest_earlier_occurrence(pieces: list[list[int]]) 
             index.extend(text)
             ends = [i for i in range(length, len(text)) if text[i - length : i] == text[-length:]]
             assert index.find(text) == (ends[-1] if ends else None)
+
+
+def test_a_long_prompt_is_indexed_over_some_calls() -> None:
+    drafter, text = Drafter(0.0), [*range(3 * MAX_INDEXED_AT_ONCE), 7, 8]
+    assert drafter.propose(text, 1) == [9]
+    late = [*text, *range(3 * MAX_INDEXED_AT_ONCE - 9, 3 * MAX_INDEXED_AT_ONCE - 4)]
+    assert [drafter.propose(late, 1) for _ in range(2)] == [[], [late[-1] + 1]]
 
 
 def test_drafts_are_right_up_to_the_first_that_is_not() -> None:
