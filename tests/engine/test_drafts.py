@@ -7,8 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 from pilotlight.engine.drafts import (
-    MAX_INDEXED_AT_ONCE,
     MATCHED_LENGTHS,
+    MAX_INDEXED_AT_ONCE,
     PROBE_INTERVAL,
     Acceptance,
     Drafter,
