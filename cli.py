@@ -270,6 +270,11 @@ def _add_bench(commands: Any) -> None:
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     for name, text in (
         ("throughput", "the engine alone: token ids in, tokens per second out"),
+        ("step", "where a decode step's time goes: kernels, and everything between them"),
+        (
+            "speculation",
+            "answers with and without drafts: tokens per second, and how many were right",
+        ),
         ("serving", "a server under load: latencies, errors, goodput"),
         ("startup", "process start to open ports, readiness, first token"),
         ("kernels", "each operation against its reference"),

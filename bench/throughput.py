@@ -68,6 +68,14 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--max-batched-tokens", type=int, default=2048, metavar="TOKENS")
     add("--kv-cache-bytes", default="0", metavar="BYTES", help="as 512MiB; 0: from what is free")
+    modes = ("off", "auto", "ngram")
+    add(
+        "--speculative",
+        default="off",
+        choices=modes,
+        help="random weights repeat themselves "
+        "more than texts do, so drafts flatter them (default: %(default)s)",
+    )
     add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
     add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
     return top
@@ -84,6 +92,7 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         kv_cache_bytes=size_bytes("--kv-cache-bytes", arguments.kv_cache_bytes),
         num_threads=arguments.num_threads,
         prefix_cache=False,
+        speculative=arguments.speculative,
     )
     booted = boot(config, SaidPhases(), lambda: None)
     return booted.core, booted.facts.vocab_size, booted.facts.kernels

@@ -117,6 +117,7 @@ def _core(
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.max_batched_tokens,
         prefix_cache=config.prefix_cache,
+        speculative=config.speculative,
     )
     return EngineCore(scheduler, runner), facts
 

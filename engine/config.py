@@ -18,6 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
     block_size: int = 16
     prefix_cache: bool = True
+    speculative: str = "auto"
+    """ngram: guess tokens from the sequence's own text; auto: only where it pays; off."""
     num_threads: int = 0
     heartbeat_interval_s: float = 0.25
     log_level: str = "info"

@@ -161,6 +161,12 @@ class Output(msgspec.Struct, array_like=True):
     """time.monotonic() when first scheduled; only in the sequence's first record."""
     error: str = ""
 
+    def add_logprobs(self, chosen: float, top_ids: list[int], top: list[float]) -> None:
+        """Of the token that was added last."""
+        self.logprobs = [*(self.logprobs or []), chosen]
+        others = [TopLogprob(*pair) for pair in zip(top_ids, top, strict=True)]
+        self.top_logprobs = [*(self.top_logprobs or []), others]
+
 
 class EngineStatistics(msgspec.Struct, frozen=True, array_like=True):
     """A frozen record of the scheduler and pool, as of one step."""
@@ -176,6 +182,9 @@ class EngineStatistics(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int = 0
     num_computed_tokens: int = 0
     num_steps: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Drafts that were right: each saved its sequence a step."""
 
 
 class StepRecord(msgspec.Struct, tag=True):

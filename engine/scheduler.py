@@ -5,7 +5,8 @@ Knows requests, slots, blocks and the token budget. Knows no tensors, text, cloc
 A step is filled in this order, under one budget of `max_batched_tokens`:
 
  1. Every decoding sequence gets its one token. If no block is free for it, the sequence that was
-    admitted last gives all of its blocks back and waits again (preemption by recompute).
+    admitted last gives all of its blocks back and waits again (preemption by recompute). What is
+    left of the step's first rows is shared out among drafts (`speculation`), which preempt nobody.
  2. Prompts already admitted continue, one chunk each. They hold all their blocks since admission,
     so a chunk can never preempt.
  3. Waiting sequences are admitted first come, first served: longest cached prefix first taken from
@@ -16,14 +17,16 @@ A step is filled in this order, under one budget of `max_batched_tokens`:
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 import msgspec
 
 from .block_pool import BlockPool
 from .errors import ConfigError, DuplicateRequest, InvalidField
-from .messages import EngineStatistics, FinishReason, Output, Submit, TopLogprob
-from .sequence import Sequence, SequenceState
-from .step import Admission, Growth, Row, Step, StepResult, TokenLogprobs
+from .messages import EngineStatistics, FinishReason, Output, Submit
+from .sequence import Sampled, Sequence, SequenceState
+from .speculation import Speculation
+from .step import Draft, Growth, Row, Step, StepResult
 
 
 class Scheduler:
@@ -39,6 +42,7 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         prefix_cache: bool = True,
+        speculative: str = "off",
     ) -> None:
         if max_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -56,6 +60,7 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_batched_tokens = max_batched_tokens
         self._prefix_cache = prefix_cache
+        self._speculation = Speculation(speculative, context_len, max_batched_tokens)
         self._requests: dict[str, list[Sequence]] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -122,7 +127,10 @@ class Scheduler:
         """The next step, or None when nothing can be computed."""
         step = Step(self._num_steps, released=self._released_slots)
         self._released_slots = []
-        budget = self._max_batched_tokens - self._schedule_decodes(step)
+        self._schedule_decodes(step)
+        if self._speculation.has_room(len(step.rows)):
+            self._add_drafts(step)
+        budget = self._max_batched_tokens - step.num_tokens
         budget -= self._continue_prompts(step, budget)
         self._admit_waiting(step, budget)
         if not step.rows:
@@ -131,26 +139,28 @@ class Scheduler:
         self._num_steps += 1
         return step
 
-    def _schedule_decodes(self, step: Step) -> int:
+    def _schedule_decodes(self, step: Step) -> None:
         for sequence in [s for s in self._running if s.is_decoding]:
             if sequence.state is SequenceState.RUNNING and self._make_room(sequence, step):
                 self._add_row(step, sequence, 1)
-        return len(step.rows)
 
     def _make_room(self, sequence: Sequence, step: Step) -> bool:
         """Gives the sequence a block for its newest token. False when it was itself preempted."""
         num_needed = self._num_blocks_of(sequence.num_tokens) - len(sequence.block_ids)
-        if num_needed == 0:
+        if num_needed <= 0:
             return True
         while self._pool.num_free < num_needed:
             victim = self._running[-1]
             self._preempt(victim, step)
             if victim is sequence:
                 return False
-        block_ids = self._pool.allocate(num_needed)
+        self._grow(sequence, num_needed, step)
+        return True
+
+    def _grow(self, sequence: Sequence, num_blocks: int, step: Step) -> None:
+        block_ids = self._pool.allocate(num_blocks)
         step.grown.append(Growth(sequence.slot, len(sequence.block_ids), block_ids))
         sequence.block_ids += block_ids
-        return True
 
     def _preempt(self, victim: Sequence, step: Step) -> None:
         # Decodes run oldest first, so the youngest running sequence has no row in this step yet.
@@ -161,6 +171,27 @@ class Scheduler:
         victim.state = SequenceState.PREEMPTED
         self._waiting.appendleft(victim)
         self._num_preemptions += 1
+
+    def _add_drafts(self, step: Step) -> None:
+        by_slot = {s.slot: s for s in self._running}
+        sequences = [by_slot[row.slot] for row in step.rows]
+        self._speculation.propose(sequences)
+        for row, sequence in zip(step.rows, sequences, strict=True):
+            self._make_room_for_drafts(sequence, step)
+            if sequence.draft_ids:
+                row.num_tokens += len(sequence.draft_ids)
+                row.num_sampled += len(sequence.draft_ids)
+                draft = Draft(row.slot, sequence.num_tokens, sequence.draft_ids)
+                step.drafted.append(draft)
+
+    def _make_room_for_drafts(self, sequence: Sequence, step: Step) -> None:
+        """Gives them blocks that no next decode may need, and cuts them to the room there is."""
+        num_tokens = sequence.num_tokens + len(sequence.draft_ids)
+        num_needed = self._num_blocks_of(num_tokens) - len(sequence.block_ids)
+        if num_needed > 0 and num_needed + len(self._running) <= self._pool.num_free:
+            self._grow(sequence, num_needed, step)
+        room = len(sequence.block_ids) * self._block_size - sequence.num_tokens
+        sequence.draft_ids = sequence.draft_ids[:room]
 
     def _continue_prompts(self, step: Step, budget: int) -> int:
         num_tokens = 0
@@ -197,7 +228,7 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
         self._count_prefix(sequence)
-        step.admitted.append(self._admission(sequence))
+        step.admitted.append(sequence.admission())
         step.grown.append(Growth(sequence.slot, 0, list(sequence.block_ids)))
         return True
 
@@ -207,20 +238,10 @@ class Scheduler:
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.num_computed
 
-    def _admission(self, sequence: Sequence) -> Admission:
-        return Admission(
-            slot=sequence.slot,
-            token_ids=list(sequence.token_ids),
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            sampling=sequence.sampling,
-            sample_index=sequence.index,
-            min_tokens_stop_ids=tuple(sorted(sequence.stop_ids)),
-        )
-
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         num_tokens = min(budget, sequence.num_uncomputed)
-        samples = num_tokens == sequence.num_uncomputed
-        step.rows.append(Row(sequence.slot, sequence.num_computed, num_tokens, samples))
+        num_sampled = int(num_tokens == sequence.num_uncomputed)
+        step.rows.append(Row(sequence.slot, sequence.num_computed, num_tokens, num_sampled))
         sequence.is_in_flight = True
         return num_tokens
 
@@ -230,62 +251,52 @@ class Scheduler:
         One Output per sequence that gained a token or ended.
         """
         by_slot = {s.slot: s for s in self._running if s.is_in_flight}
-        samples = iter(zip(result.token_ids, result.logprobs, strict=True))
+        samples = zip(result.token_ids, result.logprobs, strict=True)
         outputs = []
         for row in step.rows:
-            sequence = by_slot[row.slot]
-            self._advance(sequence, row, scheduled_s)
-            if row.samples:
-                token_id, logprobs = next(samples)
-                if sequence.state is SequenceState.RUNNING:
-                    outputs.append(self._take_token(sequence, token_id, logprobs))
+            sampled = list(islice(samples, row.num_sampled))
+            output = self._take_row(by_slot[row.slot], row, sampled, scheduled_s)
+            if output is not None:
+                outputs.append(output)
         self._sweep()
         return self.take_ended() + outputs
+
+    def _take_row(
+        self, sequence: Sequence, row: Row, sampled: list[Sampled], scheduled_s: float
+    ) -> Output | None:
+        sequence.is_in_flight = False
+        sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
+        self._num_computed_tokens += row.num_tokens
+        draft_ids, sequence.draft_ids = sequence.draft_ids, []
+        num_kept, output = row.num_tokens - len(draft_ids), None
+        if sampled and sequence.state is SequenceState.RUNNING:
+            if draft_ids:
+                sampled = self._speculation.judge(sequence, draft_ids, sampled)
+            output = sequence.take(sampled, self._context_len)
+            num_kept += max(0, len(output.token_ids) - 1)
+        self._advance(sequence, num_kept)
+        if output is not None and output.finish_reason is not FinishReason.NONE:
+            self._retire(sequence)
+        return output
 
     def fail(self, step: Step, reason: str) -> list[Output]:
         """The step could not be computed: its sequences end, all others go on."""
         slots = {row.slot for row in step.rows}
         for sequence in [s for s in self._running if s.slot in slots]:
-            sequence.is_in_flight = False
+            sequence.is_in_flight, sequence.draft_ids = False, []
             if sequence.state is SequenceState.RUNNING:
                 self._end(sequence, FinishReason.ERROR, reason)
         self._sweep()
         return self.take_ended()
 
-    def _advance(self, sequence: Sequence, row: Row, scheduled_s: float) -> None:
-        sequence.is_in_flight = False
-        sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
-        sequence.num_computed += row.num_tokens
-        self._num_computed_tokens += row.num_tokens
+    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.num_computed += num_tokens
         num_full = sequence.num_computed // self._block_size
         if num_full > sequence.num_published:
             hashes = sequence.hashes(num_full, self._block_size)
             for i in range(sequence.num_published, num_full):
                 self._pool.publish(sequence.block_ids[i], hashes[i])
             sequence.num_published = num_full
-
-    def _take_token(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> Output:
-        output = Output(sequence.request_id, sequence.index, [token_id])
-        if sequence.num_output_tokens == 0:
-            output.num_cached_tokens = sequence.num_cached_tokens
-            output.first_scheduled_s = sequence.first_scheduled_s
-        if token_id < 0:
-            output.token_ids = []
-            output.error = "the model's logits for this sequence were not finite"
-            output.finish_reason = FinishReason.ERROR
-        else:
-            output.finish_reason = sequence.append(token_id, self._context_len)
-        if logprobs is not None and token_id >= 0:
-            output.logprobs = [logprobs.chosen]
-            top = zip(logprobs.top_ids, logprobs.top, strict=True)
-            output.top_logprobs = [[TopLogprob(*pair) for pair in top]]
-        if output.finish_reason is FinishReason.STOP:
-            output.stop_token_id = token_id
-        if output.finish_reason is not FinishReason.NONE:
-            self._retire(sequence)
-        return output
 
     # ---- endings -----------------------------------------------------------------------------
 
@@ -343,6 +354,8 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_computed_tokens=self._num_computed_tokens,
             num_steps=self._num_steps,
+            num_drafted_tokens=self._speculation.num_drafted_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -5,7 +5,7 @@ Knows no pool, no batch and no device.
     token_ids   [ prompt ............ | generated ......... ]
     computed    [ KV is in the blocks ......... ]
     published   [ full blocks others may find ]
-    block_ids   [ room for token_ids, at least up to computed ]
+    block_ids   [ room for token_ids, at least up to computed, and for drafts ]
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from __future__ import annotations
 from enum import Enum
 
 from .block_pool import BlockHash, chain_hash, root_hash
-from .messages import FinishReason, Submit
+from .drafts import Drafter
+from .messages import FinishReason, Output, Submit
+from .step import Admission, TokenLogprobs
+
+Sampled = tuple[int, TokenLogprobs | None]
+"""A token, or -1 where logits were not finite, and its log probabilities."""
 
 
 class SequenceState(Enum):
@@ -28,9 +33,10 @@ class Sequence:
     """Sample `index` of a request. Samples after the first wait for the `leader`'s prompt."""
 
     __slots__ = (
-        "_hashes", "block_ids", "cache_salt", "first_scheduled_s", "index", "is_in_flight",
-        "leader", "num_cached_tokens", "num_computed", "num_prompt_tokens", "num_published",
-        "request_id", "sampling", "slot", "state", "stop_ids", "token_ids",
+        "_hashes", "block_ids", "cache_salt", "draft_ids", "drafter", "first_scheduled_s",
+        "index", "is_in_flight", "leader", "num_cached_tokens", "num_computed",
+        "num_prompt_tokens", "num_published", "request_id", "sampling", "slot", "state",
+        "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +54,9 @@ class Sequence:
         self.slot = -1
         self.is_in_flight = False
         self.block_ids: list[int] = []
+        self.drafter: Drafter | None = None
+        self.draft_ids: list[int] = []
+        """Guesses at the tokens after token_ids, in the step in flight."""
         self.num_computed = 0
         self.num_published = 0
         self.num_cached_tokens = -1
@@ -71,6 +80,11 @@ class Sequence:
         """All but the newest token is computed."""
         return self.num_uncomputed == 1 and self.num_output_tokens > 0
 
+    def num_tokens_left(self, context_len: int) -> int:
+        """Most tokens that can still be sampled."""
+        num_output_left = self.sampling.max_tokens - self.num_output_tokens
+        return min(num_output_left, context_len - self.num_tokens)
+
     @property
     def may_start(self) -> bool:
         """False while the leader still computes the prompt that this sequence will share."""
@@ -85,12 +99,44 @@ class Sequence:
             self._hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
         return self._hashes[:num_blocks]
 
-    def append(self, token_id: int, context_len: int) -> FinishReason:
+    def admission(self) -> Admission:
+        """What the worker must know of it, now that it has a slot."""
+        return Admission(
+            slot=self.slot,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling,
+            sample_index=self.index,
+            min_tokens_stop_ids=tuple(sorted(self.stop_ids)),
+        )
+
+    def take(self, sampled: list[Sampled], context_len: int) -> Output:
+        """Gains tokens, up to the one that ends it, and says so."""
+        output = Output(self.request_id, self.index, [])
+        if self.num_output_tokens == 0:
+            output.num_cached_tokens = self.num_cached_tokens
+            output.first_scheduled_s = self.first_scheduled_s
+        for token_id, logprobs in sampled:
+            output.finish_reason = self._append(token_id, context_len)
+            if output.finish_reason is FinishReason.ERROR:
+                output.error = "the model's logits for this sequence were not finite"
+                break
+            output.token_ids.append(token_id)
+            if logprobs is not None:
+                output.add_logprobs(logprobs.chosen, logprobs.top_ids, logprobs.top)
+            if output.finish_reason is FinishReason.STOP:
+                output.stop_token_id = token_id
+            if output.finish_reason is not FinishReason.NONE:
+                break
+        return output
+
+    def _append(self, token_id: int, context_len: int) -> FinishReason:
         """Takes a sampled token and says whether it was the last."""
+        if token_id < 0:
+            return FinishReason.ERROR
         self.token_ids.append(token_id)
         if token_id in self.stop_ids and self.num_output_tokens > self.sampling.min_tokens:
             return FinishReason.STOP
-        is_full = self.num_output_tokens >= self.sampling.max_tokens
-        if is_full or self.num_tokens >= context_len:
+        if self.num_tokens_left(context_len) <= 0:
             return FinishReason.LENGTH
         return FinishReason.NONE

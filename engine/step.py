@@ -2,7 +2,13 @@
 
 A running sequence owns one *slot* in [0, max_num_seqs) from admission until release or preemption.
 The worker keeps, per slot, the tokens, the block table and the sampling state; a Step says what
-changes and which rows to compute. Order inside a step: released, admitted, grown, then rows.
+changes and which rows to compute. Order inside a step: released, admitted, grown, drafted, then
+rows.
+
+A *draft* is a guess at a token that is not known yet. A row with drafts samples after its last
+known token and after each draft; the scheduler keeps the tokens up to the first that the guess
+missed. Nothing has to be undone for the others: what they left in tables and blocks is written
+again before it is read.
 """
 
 from __future__ import annotations
@@ -37,23 +43,34 @@ class Growth:
 
 
 @dataclass(slots=True)
+class Draft:
+    """`token_ids` stand for the unknown tokens of `slot` from `first_position` on, in this step."""
+
+    slot: int
+    first_position: int
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
 class Row:
-    """Compute `num_tokens` tokens of `slot` from position `start`; sample after the last if so."""
+    """Compute `num_tokens` tokens of `slot` from position `start`, drafts included."""
 
     slot: int
     start: int
     num_tokens: int
-    samples: bool
+    num_sampled: int
+    """Of the last tokens, so many are sampled after: 0, 1, or, with drafts, all."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One batch: decodes (num_tokens == 1) first, then prefill chunks."""
+    """One batch: decodes (a known token, and drafts) first, then prefill chunks."""
 
     index: int
     released: list[int] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
     grown: list[Growth] = field(default_factory=list)
+    drafted: list[Draft] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -72,8 +89,8 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """What came out, one entry per row with `samples`, in the order of the rows."""
+    """What came out, `num_sampled` entries per row, in the order of the rows and their tokens."""
 
     token_ids: list[int]
-    """-1 where the row's logits were not finite: that sequence fails, the others go on."""
+    """-1 where the logits were not finite: that sequence fails, the others go on."""
     logprobs: list[TokenLogprobs | None]

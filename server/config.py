@@ -48,6 +48,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
     block_size: int = 16
     prefix_cache: bool = True
+    speculative: str = "auto"
     max_queued_requests: int = 0
     max_queued_tokens: int = 0
     drain_timeout: float = 30.0
@@ -70,6 +71,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             kv_cache_bytes=self.kv_cache_bytes,
             block_size=self.block_size,
             prefix_cache=self.prefix_cache,
+            speculative=self.speculative,
             num_threads=self.num_threads,
             heartbeat_interval_s=min(0.25, self.heartbeat_timeout / 4),
             cache="" if self.cache == NO_CACHE else self.cache or str(cache_root()),
@@ -186,6 +188,14 @@ OPTIONS = (
         "block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024
     ),
     Option("prefix_cache", "capacity", "let requests share the blocks of equal prompt beginnings"),
+    Option(
+        "speculative",
+        "capacity",
+        "guess tokens from a sequence's own text and check the guesses in one step: the same "
+        "answers, sooner where texts repeat; ngram: guess whatever followed the newest tokens "
+        "before; auto: only where that is likely to pay; off",
+        choices=("auto", "ngram", "off"),
+    ),
     Option("host", "network", "address of the data port (gRPC)", "HOST"),
     Option("port", "network", "data port; 0: a free one, printed at start", "PORT", high=65535),
     Option("ops_host", "network", "address of the ops port (default: that of --host)", "HOST"),

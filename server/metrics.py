@@ -114,6 +114,8 @@ class EngineCollector(Collector):
             ("prefix_cache_hit_tokens", "Prompt tokens found.", s.prefix_hit_tokens),
             ("preemptions", "Sequences that lost their blocks.", s.num_preemptions),
             ("computed_tokens", "Tokens computed, recomputed ones too.", s.num_computed_tokens),
+            ("drafted_tokens", "Tokens guessed and checked.", s.num_drafted_tokens),
+            ("accepted_tokens", "Guesses that were right.", s.num_accepted_tokens),
             ("engine_steps", "Steps of this engine process.", s.num_steps),
             (
                 "engine_restarts",

@@ -5,6 +5,10 @@ Turns engine outputs into chunks of the wire contract.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import msgspec
+
 from ..engine.messages import FinishReason, Output
 from ..proto import inference_pb2 as pb
 from .text.detokenizer import Detokenizer
@@ -25,6 +29,7 @@ class Sample:
         self.error = ""
         self._request_id = request_id
         self._hides_stop_token = options.skip_special_tokens
+        self._has_stops = bool(options.stop_strings)
         self._stops = StopStrings(options.stop_strings, options.include_stop_string)
         self._detokenizer = (
             Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
@@ -35,7 +40,7 @@ class Sample:
         if self.is_ended:
             return None
         chunk = pb.GenerateChunk(request_id=self._request_id, index=self.index)
-        for output in outputs:
+        for output in _token_by_token(outputs) if self._has_stops else outputs:
             if self._take(output, chunk):
                 break
         chunk.num_output_tokens = self.num_tokens
@@ -85,3 +90,21 @@ class Sample:
             entry = chunk.logprobs.add(token_id=token_id, logprob=logprob)
             for other in top:
                 entry.top.add(token_id=other.token_id, logprob=other.logprob)
+
+
+def _token_by_token(outputs: list[Output]) -> Iterator[Output]:
+    """A step can bring several tokens: those behind a stop string must not be counted."""
+    for output in outputs:
+        *others, last = range(len(output.token_ids) or 1)
+        for i in others:
+            yield _part(output, i, Output(output.request_id, output.index, []))
+        yield _part(output, last, msgspec.structs.replace(output))
+
+
+def _part(whole: Output, i: int, part: Output) -> Output:
+    """`part` with the one token, if there is one, that is number `i` of the whole."""
+    part.token_ids = whole.token_ids[i : i + 1]
+    if whole.logprobs is not None and whole.top_logprobs is not None:
+        part.logprobs = whole.logprobs[i : i + 1]
+        part.top_logprobs = whole.top_logprobs[i : i + 1]
+    return part

@@ -45,6 +45,7 @@ class FakeEngine:
         max_num_seqs: int = 8,
         max_batched_tokens: int = 64,
         eos_token_ids: tuple[int, ...] = (),
+        speculative: str = "off",
         boots: bool = True,
         is_held: bool = False,
         clock: Callable[[], float] = lambda: 0.0,
@@ -66,6 +67,7 @@ class FakeEngine:
         )
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
+        self.speculative = speculative
         self.boots = boots
         """False: it stays in its first phase until `become_ready` or `stand_by`."""
         self.clock = clock
@@ -103,6 +105,7 @@ class FakeLink:
             eos_token_ids=facts.eos_token_ids,
             max_num_seqs=engine.max_num_seqs,
             max_batched_tokens=engine.max_batched_tokens,
+            speculative=engine.speculative,
         )
         runner = KvCheckingRunner(facts.num_blocks, facts.block_size, facts.vocab_size)
         self.core = EngineCore(scheduler, runner)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from pilotlight.engine.step import Step, StepResult, TokenLogprobs
+from pilotlight.engine.step import Row, Step, StepResult, TokenLogprobs
 
 
 def next_token(token_ids: list[int], vocab_size: int) -> int:
@@ -39,8 +39,8 @@ class KvCheckingRunner:
         result = StepResult([], [])
         for row in step.rows:
             self._write(row.slot, row.start, row.num_tokens)
-            if row.samples:
-                self._sample(row.slot, row.start + row.num_tokens, result)
+            if row.num_sampled:
+                self._sample(row, result)
         return result
 
     def _update_slots(self, step: Step) -> None:
@@ -53,6 +53,8 @@ class KvCheckingRunner:
         for growth in step.grown:
             assert len(self._tables[growth.slot]) == growth.first_index
             self._tables[growth.slot] += growth.block_ids
+        for draft in step.drafted:
+            self._tokens[draft.slot][draft.first_position :] = draft.token_ids
 
     def _write(self, slot: int, start: int, num_tokens: int) -> None:
         for position in range(start, start + num_tokens):
@@ -60,13 +62,23 @@ class KvCheckingRunner:
             cells = self._cells[block_id]
             cells[position % self._block_size] = self._tokens[slot][position]
 
-    def _sample(self, slot: int, context_len: int, result: StepResult) -> None:
+    def _sample(self, row: Row, result: StepResult) -> None:
+        end = row.start + row.num_tokens
+        first = end - row.num_sampled + 1
+        sampled = [self._token_after(row.slot, n) for n in range(first, end + 1)]
+        # Those behind a wrong draft are wrong too: a later step must not read them.
+        self._tokens[row.slot][first:] = sampled
+        result.token_ids += sampled
+        result.logprobs += [TokenLogprobs(-1.0, [], [])] * len(sampled)
+
+    def _token_after(self, slot: int, num_tokens: int) -> int:
+        """The next one after the first `num_tokens`, drafts among them."""
         read = [
             self._cells[self._tables[slot][p // self._block_size]][p % self._block_size]
-            for p in range(context_len)
+            for p in range(num_tokens)
         ]
-        assert read == self._tokens[slot], "the blocks do not hold the sequence's tokens"
-        token_id = next_token(self._tokens[slot], self._vocab_size)
-        self._tokens[slot].append(token_id)
-        result.token_ids.append(token_id)
-        result.logprobs.append(TokenLogprobs(-1.0, [], []))
+        assert read == self._tokens[slot][:num_tokens], "the blocks do not hold the tokens"
+        return self.next_token(read)
+
+    def next_token(self, token_ids: list[int]) -> int:
+        return next_token(token_ids, self._vocab_size)

@@ -32,15 +32,21 @@ def address_of(mapping: mmap.mmap) -> int:
 
 
 def resident_fraction(mapping: mmap.mmap) -> float:
-    """The share of the mapping's pages in memory now, 0 to 1; see mincore(2). Raises OSError."""
+    """The share of the mapping's pages that are in memory now, 0 to 1. Raises OSError."""
     num_pages = -(-len(mapping) // mmap.PAGESIZE)
-    states = (ctypes.c_ubyte * num_pages)()
-    start, length = ctypes.c_void_p(address_of(mapping)), ctypes.c_size_t(len(mapping))
-    if _LIBC.mincore(start, length, states) != 0:
+    return num_resident(mapping) / num_pages if num_pages else 1.0
+
+
+def num_resident(mapping: mmap.mmap) -> int:
+    """Pages of the mapping that are in memory, by mincore(2); of the file, whoever brought them."""
+    num_pages = -(-len(mapping) // mmap.PAGESIZE)
+    marks = (ctypes.c_ubyte * num_pages)()
+    start = ctypes.c_void_p(address_of(mapping))
+    if _LIBC.mincore(start, ctypes.c_size_t(len(mapping)), marks) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     # The lowest bit says it; the others are reserved.
-    return bytes(states).translate(_LOWEST_BIT).count(1) / num_pages if num_pages else 1.0
+    return bytes(marks).translate(_LOWEST_BIT).count(1)
 
 
 def populate(mapping: mmap.mmap, offset: int, num_bytes: int) -> bool:
@@ -55,14 +61,3 @@ def populate(mapping: mmap.mmap, offset: int, num_bytes: int) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(code, os.strerror(code))
-
-
-def num_resident(mapping: mmap.mmap) -> int:
-    """Pages of the mapping that are in memory, by mincore(2); of the file, whoever brought them."""
-    num_pages = -(-len(mapping) // mmap.PAGESIZE)
-    marks = (ctypes.c_ubyte * num_pages)()
-    start = ctypes.c_void_p(address_of(mapping))
-    if _LIBC.mincore(start, ctypes.c_size_t(len(mapping)), marks) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return sum(mark & 1 for mark in bytes(marks))

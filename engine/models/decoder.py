@@ -56,8 +56,9 @@ class Decoder:
     ) -> None:
         self._config = config
         self._weights = weights
+        self._head = Linear(weights.head, None)
         self._kernels = kernels
-        self._pulse = pulse
+        self.pulse = pulse
         self._cos_sin = rope_table(config, context_len).to(weights.norm.device)
         self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._scale = config.head_dim**-0.5
@@ -74,12 +75,12 @@ class Decoder:
             x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
             x = self._linear(self._gated(x, layer.gate_up), layer.down)
             x = kernels.add_rms_norm(x, residual, next_norms[i], eps)
-            self._pulse()
+            self.pulse()
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [S, hidden_size] -> fp32 [S, vocab_size]."""
-        return self._linear(hidden, Linear(self._weights.head, None)).float()
+        """hidden: [S, hidden_size] -> [S, vocab_size]."""
+        return self._linear(hidden, self._head)
 
     def _attend(
         self, x: Tensor, layer: LayerWeights, index: int, batch: AttentionBatch, cache: LayerCache

@@ -36,7 +36,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """token_ids: [T]; sampled: [S] index of each sampled row's last token; slots, lengths: [S]."""
+    """token_ids: [T]; sampled: [S] the tokens that are sampled after; slots, lengths: [S]."""
 
     token_ids: Tensor
     batch: AttentionBatch
@@ -44,6 +44,8 @@ class StepInputs:
     slots: np.ndarray
     lengths: np.ndarray
     """Tokens of the sequence before the one to be sampled."""
+    is_decode: bool
+    """Every row is one token, and is sampled after."""
 
 
 class InputBuffers:
@@ -70,9 +72,11 @@ class InputBuffers:
 
     def fill(self, step: Step) -> StepInputs:
         """Gathers the step's tokens; no loop runs over tokens."""
-        fields = [(r.slot, r.start, r.num_tokens, r.samples) for r in step.rows]
+        fields = [(r.slot, r.start, r.num_tokens, r.num_sampled) for r in step.rows]
         slots, starts, counts, samples = np.array(fields, dtype=np.int32).T
-        num_rows, num_tokens = len(fields), int(counts.sum())
+        if step.drafted:
+            slots, starts, counts, samples = _token_by_token(slots, starts, counts, samples)
+        num_rows, num_tokens = len(slots), int(counts.sum())
         self._fill_rows(slots, starts, counts)
         self._fill_tokens(slots, starts, counts, num_tokens)
         chosen = np.flatnonzero(samples)
@@ -90,6 +94,7 @@ class InputBuffers:
             sampled=self._sampled.on_device(len(chosen)),
             slots=slots[chosen],
             lengths=(starts + counts)[chosen],
+            is_decode=len(chosen) == num_tokens,
         )
 
     def _fill_rows(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
@@ -112,3 +117,23 @@ class InputBuffers:
         blocks = self._tables.block_ids[slot_of, positions // self._block_size]
         cells = blocks * self._block_size + positions % self._block_size
         self._slot_mapping.host[:num_tokens] = cells
+
+
+def _token_by_token(
+    slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, samples: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Rows that sample more than once, cut into rows of one token.
+
+    To the kernels they are decodes like any other, so each token comes out of the same sums, bit
+    for bit, as without drafts; as a chunk of a prompt it would not.
+    """
+    is_cut = samples > 1
+    num_parts = np.where(is_cut, counts, 1)
+    first_part = np.cumsum(num_parts, dtype=np.int32) - num_parts
+    part = np.arange(num_parts.sum(), dtype=np.int32) - np.repeat(first_part, num_parts)
+    return (
+        np.repeat(slots, num_parts),
+        np.repeat(starts, num_parts) + part,
+        np.repeat(np.where(is_cut, 1, counts), num_parts),
+        np.repeat(np.minimum(samples, 1), num_parts),
+    )

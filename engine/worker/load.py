@@ -21,6 +21,7 @@ from ..found_weights import FoundWeights
 from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
 from ..models.weights import ModelWeights, Preparer, assemble
+from ..speculation import MAX_STEP_ROWS
 from .kv_cache import KvPlan, allocate, plan_kv_cache
 from .runner import Runner
 
@@ -54,6 +55,7 @@ def load_runner(
             block_size=plan.block_size,
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
+            max_num_drafts=MAX_STEP_ROWS,
             device=device,
         )
     return runner, replace(_facts(found, kernels, plan, device, dtype), weights=weights_facts)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..models.decoder import Decoder, LayerCache
 from ..step import Step, StepResult
-from .inputs import InputBuffers
+from .decodes import RecordedDecodes
+from .inputs import InputBuffers, StepInputs
 from .sampler import Sampler
 from .slots import SlotTables
 
 
 class Runner:
-    """Owns the device state of all slots; one step at a time."""
+    """Owns the device state of all slots; one step of at most `max_num_drafts` drafts at a time."""
 
     def __init__(
         self,
@@ -23,14 +25,17 @@ class Runner:
         block_size: int,
         max_num_seqs: int,
         max_batched_tokens: int,
+        max_num_drafts: int,
         device: torch.device,
     ) -> None:
         self._model = model
         self._caches = caches
         self._tables = SlotTables(max_num_seqs, context_len, block_size)
+        max_num_rows = max_num_seqs + max_num_drafts
         self._inputs = InputBuffers(
-            self._tables, max_batched_tokens, max_num_seqs, block_size, device
+            self._tables, max_batched_tokens, max_num_rows, block_size, device
         )
+        self._decodes = RecordedDecodes(self._logits, model.pulse)
         self._sampler = Sampler(self._tables)
 
     @torch.inference_mode()
@@ -38,10 +43,13 @@ class Runner:
         """Takes the step's changes, computes its rows and samples where asked."""
         self._tables.apply(step)
         inputs = self._inputs.fill(step)
-        hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
+        logits = self._decodes.run(inputs)
         if len(inputs.slots) == 0:
             return StepResult([], [])
-        logits = self._model.logits(hidden[inputs.sampled])
-        result = self._sampler.sample(logits, inputs.slots, inputs.lengths)
+        result = self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
         self._tables.token_ids[inputs.slots, inputs.lengths] = result.token_ids
         return result
+
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
+        return self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])

@@ -7,15 +7,23 @@ so a sequence's tokens depend on its seed and logits alone, never on what else i
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..step import StepResult, TokenLogprobs
 from .slots import SlotTables
 
-NUM_CANDIDATES = 1024
-"""Most cuts fall inside the best 1024 tokens; only where they do not is a vocabulary sorted."""
+SIZES = (256, 8192, sys.maxsize)
+"""Most cuts fall inside the best 256 tokens, which are found in one pass; of the rows where they do
+not, more are looked at, and only where these are too few is a vocabulary sorted."""
+
+BLOCK = 256
+"""Of weights that are summed together, so that a draw adds up blocks and then one block only."""
 
 
 class Sampler:
@@ -29,17 +37,27 @@ class Sampler:
         tables = self._tables
         finite = torch.isfinite(logits.sum(-1))
         wants_logprobs = np.flatnonzero(tables.num_logprobs[slots] >= 0)
-        raw = logits[wants_logprobs].clone() if len(wants_logprobs) else logits[:0]
-        for i in np.flatnonzero(tables.is_adjusted[slots]):
+        adjusted = np.flatnonzero(tables.is_adjusted[slots])
+        raw = _rows(logits, wants_logprobs)
+        if raw is logits and len(adjusted):
+            raw = raw.clone()
+        for i in adjusted:
             self._adjust(logits[i], int(slots[i]), int(lengths[i]))
-        token_ids = logits.argmax(-1)
-        drawn = np.flatnonzero(tables.temperature[slots] > 0.0)
-        if len(drawn):
-            token_ids[drawn] = self._draw(logits[drawn], slots[drawn], lengths[drawn])
-        token_ids = torch.where(finite, token_ids, -1)
+        token_ids = torch.where(finite, self._choose(logits, slots, lengths), -1)
         ids: list[int] = token_ids.tolist()
         logprobs = self._logprobs(raw, wants_logprobs, slots, ids)
         return StepResult(ids, logprobs)
+
+    def _choose(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Tensor:
+        is_drawn = self._tables.temperature[slots] > 0.0
+        drawn, greedy = np.flatnonzero(is_drawn), np.flatnonzero(~is_drawn)
+        if len(drawn) == 0:
+            return logits.argmax(-1)
+        token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+        token_ids[drawn] = self._draw(_rows(logits, drawn), slots[drawn], lengths[drawn])
+        if len(greedy):
+            token_ids[greedy] = logits[greedy].argmax(-1)
+        return token_ids
 
     # ---- logits that one request changes -----------------------------------------------------
 
@@ -72,10 +90,10 @@ class Sampler:
         token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
         free, cut = np.flatnonzero(~is_filtered), np.flatnonzero(is_filtered)
         if len(free):
-            probabilities = torch.softmax(logits[free], -1)
+            probabilities = torch.softmax(_rows(logits, free), -1)
             token_ids[free] = _inverse_cdf(probabilities, uniform[free])
         if len(cut):
-            token_ids[cut] = self._draw_cut(logits[cut], uniform[cut], slots[cut], NUM_CANDIDATES)
+            token_ids[cut] = self._draw_cut(_rows(logits, cut), uniform[cut], slots[cut], SIZES)
         return token_ids
 
     def _uniform(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -88,11 +106,11 @@ class Sampler:
         return (bits >> np.uint64(11)) * 2.0**-53
 
     def _draw_cut(
-        self, logits: Tensor, uniform: Tensor, slots: np.ndarray, num_candidates: int
+        self, logits: Tensor, uniform: Tensor, slots: np.ndarray, sizes: Sequence[int]
     ) -> Tensor:
         """Draws among the most likely tokens that pass top-k, top-p and min-p."""
         tables = self._tables
-        num_candidates = min(num_candidates, logits.shape[-1])
+        num_candidates, *larger = (min(size, logits.shape[-1]) for size in sizes)
         best, ids = logits.topk(num_candidates, sorted=True)
         p = torch.exp((best - logits.logsumexp(-1, keepdim=True)).double())
         top_k = _column(tables.top_k[slots], logits, torch.int64)
@@ -109,7 +127,7 @@ class Sampler:
         undecided = np.flatnonzero(is_open[:, 0].cpu().numpy())
         if len(undecided) and num_candidates < logits.shape[-1]:
             token_ids[undecided] = self._draw_cut(
-                logits[undecided], uniform[undecided], slots[undecided], logits.shape[-1]
+                logits[undecided], uniform[undecided], slots[undecided], larger
             )
         return token_ids
 
@@ -122,13 +140,15 @@ class Sampler:
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
         if len(rows) == 0:
             return logprobs
-        normal = raw.log_softmax(-1)
+        total = raw.logsumexp(-1, keepdim=True)
         num_top = self._tables.num_logprobs[slots[rows]]
-        values, ids = normal.topk(min(int(num_top.max()), normal.shape[-1]), sorted=True)
-        for i, row in enumerate(rows):
-            chosen = normal[i, token_ids[row]].item()
-            k = int(num_top[i])
-            logprobs[row] = TokenLogprobs(chosen, ids[i, :k].tolist(), values[i, :k].tolist())
+        best, best_ids = raw.topk(min(int(num_top.max()), raw.shape[-1]), sorted=True)
+        # A row that is not finite has no token: whatever is read for it is not used.
+        chosen_ids = torch.tensor([[max(0, token_ids[row])] for row in rows], device=raw.device)
+        chosen = (raw.gather(-1, chosen_ids) - total).squeeze(-1).tolist()
+        ids, values = best_ids.tolist(), (best - total).tolist()
+        for i, (row, k) in enumerate(zip(rows.tolist(), num_top.tolist(), strict=True)):
+            logprobs[row] = TokenLogprobs(chosen[i], ids[i][:k], values[i][:k])
         return logprobs
 
 
@@ -143,13 +163,36 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """weights: [S, N], not normalised; uniform: [S, 1] -> index [S], never one of zero weight."""
-    cumulative = weights.double().cumsum(-1)
-    target = uniform * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # Rounding can push the target to the very end, past the last token that has any weight.
-    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1)
-    return torch.minimum(index, last)
+    """weights: [S, N], not normalised; uniform: [S, 1] -> index [S], never one of zero weight.
+
+    By blocks, then within one: a row's blocks and sums depend on nothing but the row.
+    """
+    num_rows, num_weights = weights.shape
+    padded = functional.pad(weights, (0, -num_weights % BLOCK))
+    blocks = padded.view(num_rows, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _crossing(sums, uniform * sums.sum(-1, keepdim=True))
+    within = blocks[torch.arange(num_rows, device=weights.device), block].double()
+    index = block * BLOCK + _crossing(within, rest)[0]
+    # Only where nothing is finite does it lie in the padding.
+    return index.clamp(max=num_weights - 1)
+
+
+def _crossing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index [S] at which the sum of weights [S, N] is above target [S, 1], and what is
+    left of the target there."""
+    cumulative = weights.cumsum(-1)
+    index = torch.searchsorted(cumulative, target, right=True)
+    # Rounding can push the target to the very end, past the last that has any weight.
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1, keepdim=True)
+    index = torch.minimum(index, last)
+    rest = target - (cumulative - weights).gather(-1, index)
+    return index.squeeze(-1), rest
+
+
+def _rows(logits: Tensor, rows: np.ndarray) -> Tensor:
+    """Some rows; all of them without a copy."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _column(values: np.ndarray, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..sampling_params import SamplingParams
-from ..step import Admission, Growth, Step
+from ..step import Admission, Draft, Growth, Step
 
 NO_SAMPLING = SamplingParams()
 
@@ -40,6 +40,8 @@ class SlotTables:
             self._admit(admission)
         for growth in step.grown:
             self._grow(growth)
+        for draft in step.drafted:
+            self._write(draft)
 
     def _admit(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
@@ -61,3 +63,7 @@ class SlotTables:
     def _grow(self, growth: Growth) -> None:
         end = growth.first_index + len(growth.block_ids)
         self.block_ids[growth.slot, growth.first_index : end] = growth.block_ids
+
+    def _write(self, draft: Draft) -> None:
+        end = draft.first_position + len(draft.token_ids)
+        self.token_ids[draft.slot, draft.first_position : end] = draft.token_ids

@@ -7,13 +7,15 @@ missing everything still runs on the reference; `missing_reason` says what to do
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import cast
 
 LIBRARY_PATH = Path(__file__).with_name("libpilotlight_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _ERRORS = {
     1: (MemoryError, "the CPU kernels could not get memory"),
@@ -47,6 +49,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.pilotlight_use_level.argtypes = [ctypes.c_char_p]
     library.pilotlight_set_num_threads.restype = None
     library.pilotlight_set_num_threads.argtypes = [ctypes.c_int]
+    library.pilotlight_run.restype = ctypes.c_int
+    library.pilotlight_run.argtypes = [ctypes.c_int64, ctypes.c_void_p]
     return library
 
 
@@ -112,7 +116,67 @@ def _entry(op: str) -> Callable[[int, bytes], int]:
 
 def call(op: str, dtype_code: int, arguments: bytes) -> None:
     """Run `op` on its arguments as src/level.h lays them out, packed: quicker than fields."""
-    status = _entry(op)(dtype_code, arguments)
+    _check(_entry(op)(dtype_code, arguments))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append((op, dtype_code, arguments))
+
+
+def _check(status: int) -> None:
     if status:
         error, message = _ERRORS[status]
         raise error(message)
+
+
+# ---- calls that run again --------------------------------------------------------------------
+
+RecordedCall = tuple[str, int, bytes]
+"""Arguments of `call`."""
+
+_recorded: ContextVar[list[RecordedCall] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[RecordedCall]]:
+    """The calls of this thread that succeed meanwhile."""
+    calls: list[RecordedCall] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
+class _Call(ctypes.Structure):
+    """Call in src/library.cpp."""
+
+    _fields_ = (
+        ("operation", ctypes.c_void_p),
+        ("dtype_code", ctypes.c_int64),
+        ("arguments", ctypes.c_char_p),
+    )
+
+
+class Program:
+    """Recorded calls, run again many at a time: nothing of Python comes between them.
+
+    Their arguments are addresses: whoever records keeps what lies there where it is.
+    """
+
+    def __init__(self, calls: list[RecordedCall]) -> None:
+        self._arguments = [arguments for _, _, arguments in calls]
+        self._calls = (_Call * len(calls))(
+            *(_Call(_address(op), dtype_code, arguments) for op, dtype_code, arguments in calls)
+        )
+        self._run = _present().pilotlight_run
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def run(self, first: int, num_calls: int) -> None:
+        """Some of the calls, one after the other."""
+        address = ctypes.addressof(self._calls) + first * ctypes.sizeof(_Call)
+        _check(self._run(num_calls, address))
+
+
+def _address(op: str) -> int | None:
+    return ctypes.cast(getattr(_present(), f"pilotlight_{op}"), ctypes.c_void_p).value

@@ -12,6 +12,7 @@ from pilotlight.engine.messages import FinishReason, Output, Submit
 from pilotlight.engine.sampling_params import SamplingParams
 from pilotlight.engine.scheduler import Scheduler
 from pilotlight.engine.sequence import Sequence
+from pilotlight.engine.speculation import MODES
 from pilotlight.engine.step import Step, StepResult
 from pilotlight.tests.fake_runner import KvCheckingRunner, tokens_alone
 
@@ -21,7 +22,16 @@ VOCAB_SIZE = 50
 class Bench:
     """A scheduler and a checking runner, stepped by hand; collects what each sequence got."""
 
-    def __init__(self, *, num_blocks=16, block_size=4, context_len=40, eos=(), **limits) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks=16,
+        block_size=4,
+        context_len=40,
+        eos=(),
+        vocab_size=VOCAB_SIZE,
+        **limits,
+    ) -> None:
         limits = {"max_num_seqs": 4, "max_batched_tokens": 16, **limits}
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -30,7 +40,7 @@ class Bench:
             eos_token_ids=list(eos),
             **limits,
         )
-        self.runner = KvCheckingRunner(num_blocks, block_size, VOCAB_SIZE)
+        self.runner = KvCheckingRunner(num_blocks, block_size, vocab_size)
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.endings: dict[tuple[str, int], list[FinishReason]] = defaultdict(list)
         self.outputs: list[Output] = []
@@ -67,6 +77,8 @@ class Bench:
         raise AssertionError(f"work left after {max_steps} steps: a request starves")
 
 
+STOP_ID, MIN_TOKENS = 1, 3
+
 requests = st.lists(
     st.tuples(
         st.integers(1, 30),  # prompt length
@@ -75,6 +87,7 @@ requests = st.lists(
         st.integers(1, 3),  # n
         st.integers(0, 12),  # steps before it arrives
         st.one_of(st.none(), st.integers(0, 20)),  # abort after so many steps, in flight if odd
+        st.booleans(),  # ends at STOP_ID, but not before MIN_TOKENS
     ),
     min_size=1,
     max_size=12,
@@ -88,43 +101,51 @@ requests = st.lists(
     max_num_seqs=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
     prefix_cache=st.booleans(),
+    speculative=st.sampled_from(MODES),
+    vocab_size=st.sampled_from((1, 2, 4, VOCAB_SIZE)),  # how often a draft is right
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
-    requests, num_blocks, max_num_seqs, extra_budget, prefix_cache
+    requests, num_blocks, max_num_seqs, extra_budget, prefix_cache, speculative, vocab_size
 ) -> None:
     bench = Bench(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_num_seqs + extra_budget,
         prefix_cache=prefix_cache,
+        speculative=speculative,
+        vocab_size=vocab_size,
     )
     arrivals, aborts = defaultdict(list), defaultdict(list)
     asked = {}
-    for i, (length, family, max_tokens, n, arrives, aborted) in enumerate(requests):
-        prompt = [(family * 7 + p) % VOCAB_SIZE for p in range(length)]
-        asked[f"r{i}"] = (prompt, max_tokens, n)
+    for i, (length, family, max_tokens, n, arrives, aborted, stops) in enumerate(requests):
+        prompt = [(family * 7 + p) % vocab_size for p in range(length)]
+        asked[f"r{i}"] = (prompt, max_tokens, n, stops)
         arrivals[arrives].append(f"r{i}")
         if aborted is not None:
             aborts[arrives + aborted].append(f"r{i}")
     for now in range(40):
         for request_id in arrivals[now]:
-            prompt, max_tokens, n = asked[request_id]
-            bench.add(request_id, prompt, max_tokens=max_tokens, n=n, ignore_eos=True)
+            prompt, max_tokens, n, stops = asked[request_id]
+            stop = {"stop_token_ids": (STOP_ID,), "min_tokens": MIN_TOKENS} if stops else {}
+            bench.add(request_id, prompt, max_tokens=max_tokens, n=n, **stop)
         if now % 2 == 0:
             for request_id in aborts[now]:
                 bench.scheduler.abort(request_id)
         bench.step(abort_in_flight=tuple(aborts[now]) if now % 2 else ())
     bench.run()
 
-    for request_id, (prompt, max_tokens, n) in asked.items():
+    for request_id, (prompt, max_tokens, n, stops) in asked.items():
         room = min(max_tokens, 40 - len(prompt))
-        alone = tokens_alone(prompt, room, VOCAB_SIZE)
+        alone = tokens_alone(prompt, room, vocab_size)
+        if stops and STOP_ID in alone[MIN_TOKENS:]:
+            alone = alone[: alone.index(STOP_ID, MIN_TOKENS) + 1]
         for index in range(n):
             key = (request_id, index)
             assert len(bench.endings[key]) == 1, f"{key} ended {bench.endings[key]}"
             got, (ending,) = bench.tokens[key], bench.endings[key]
             assert got == alone[: len(got)]
             assert ending is FinishReason.ABORTED or got == alone
+            assert ending is not FinishReason.STOP or (stops and got[-1] == STOP_ID)
     statistics = bench.scheduler.statistics()
     assert statistics.num_used_blocks == statistics.num_running == statistics.num_waiting == 0
 
@@ -135,7 +156,7 @@ def test_decodes_go_first_and_prompts_fill_the_budget() -> None:
     bench.step()
     bench.add("b", [2] * 30)
     step = bench.step()
-    assert [(r.num_tokens, r.samples) for r in step.rows] == [(1, True), (9, False)]
+    assert [(r.num_tokens, r.num_sampled) for r in step.rows] == [(1, 1), (9, 0)]
     step = bench.step()
     assert [(r.num_tokens, r.start) for r in step.rows] == [(1, 5), (9, 9)]
 

@@ -23,7 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 TINY_SHAPES = [name for name in SHAPES if name.startswith("tiny-")]
 
 
-def fp32_engine(folder: Path, **overrides: int) -> EngineCore:
+def fp32_engine(folder: Path, **overrides: int | str) -> EngineCore:
+    return cpu_engine(folder, dtype="float32", **overrides)
+
+
+def cpu_engine(folder: Path, **overrides: int | str) -> EngineCore:
     """The real engine on the CPU, with steps so small that prompts come in chunks."""
     settings = {
         "kv_cache_bytes": 8 << 20,
@@ -32,9 +36,7 @@ def fp32_engine(folder: Path, **overrides: int) -> EngineCore:
         "max_model_len": 200,
         "num_threads": 1,
     }
-    config = EngineConfig(
-        model=str(folder), device="cpu", dtype="float32", **(settings | overrides)
-    )
+    config = EngineConfig(model=str(folder), device="cpu", **(settings | overrides))
     return boot(config, Unheard(), lambda: None).core
 
 

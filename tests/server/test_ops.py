@@ -206,6 +206,23 @@ async def test_prefix_hits_and_preemptions_are_counted() -> None:
     assert metrics["pilotlight_computed_tokens_total"] >= 12 + 12 + 2 * 11
 
 
+async def test_drafts_are_counted() -> None:
+    """Of a vocabulary of one token every draft is right: one step after the prompt's brings 7."""
+    engine = FakeEngine(vocab_size=1, speculative="ngram", is_held=True)
+    async with served(engine) as s:
+        call = s.stub.Generate(ids_request([0, 0, 0], 8, request_id="a"))
+        await submitted(s, "a")
+        engine.link.release()
+        chunks = await read(call)
+        engine.link.beat()
+        await s.until(lambda: s.server.engine.status.statistics.num_drafted_tokens > 0)
+        metrics = await _metrics(s)
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 8
+    assert metrics["pilotlight_drafted_tokens_total"] == 6
+    assert metrics["pilotlight_accepted_tokens_total"] == 6
+    assert metrics["pilotlight_engine_steps_total"] == 2
+
+
 async def test_life_and_boot_are_measured() -> None:
     async with served(max_restarts=1) as s:
         ready = await _metrics(s)

@@ -121,6 +121,30 @@ async def test_characters_come_whole_however_tokens_cut_them() -> None:
     assert not any("\ufffd" in chunk.text for chunk in chunks)
 
 
+async def test_tokens_behind_a_stop_string_do_not_count_when_they_come_with_it() -> None:
+    """A step with right drafts brings several tokens at once; the stop string ends among them."""
+    request = _stopping("return")
+    request.output.logprobs = 0
+    token_ids = tokenizer().encode("x = 1\nreturn x + 2", add_special_tokens=False)
+    texts = [tokenizer().decode(token_ids[:n], True) for n in range(len(token_ids) + 1)]
+    num_kept = next(n for n, text in enumerate(texts) if "return" in text)
+    assert num_kept < len(token_ids)
+    at_once = gained("a", token_ids, finish_reason=FinishReason.LENGTH)
+    at_once.logprobs = [-1.0 - i for i in range(len(token_ids))]
+    at_once.top_logprobs = [[] for _ in token_ids]
+    async with served(text_engine(is_held=True)) as s:
+        call = s.stub.Generate(request)
+        await submitted(s, "a")
+        say(s, at_once)
+        chunks = await read(call)
+    assert text_of(chunks) == "x = 1\n"
+    assert ids_of(chunks) == token_ids[:num_kept]
+    assert chunks[-1].usage.output_tokens == num_kept
+    logprobs = [entry.logprob for chunk in chunks for entry in chunk.logprobs]
+    assert logprobs == at_once.logprobs[:num_kept]
+    assert chunks[-1].stop_string == "return"
+
+
 # ---- stop tokens -------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from pilotlight.engine.sampling_params import SamplingParams
-from pilotlight.engine.step import Admission, Growth, Row, Step
+from pilotlight.engine.step import Admission, Draft, Growth, Row, Step
 from pilotlight.engine.worker.inputs import InputBuffers, StepInputs
 from pilotlight.engine.worker.slots import SlotTables
 
@@ -28,6 +28,7 @@ class Expected:
     cells: list[int] = field(default_factory=list)
     query_start: list[int] = field(default_factory=lambda: [0])
     context_lens: list[int] = field(default_factory=list)
+    table_slots: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Worker:
         self._dice = random.Random(seed)
         self._tables = SlotTables(NUM_SLOTS, CONTEXT_LEN, BLOCK_SIZE)
         self._buffers = InputBuffers(
-            self._tables, MAX_NUM_TOKENS, NUM_SLOTS, BLOCK_SIZE, torch.device("cpu")
+            self._tables, MAX_NUM_TOKENS, NUM_SLOTS + 4, BLOCK_SIZE, torch.device("cpu")
         )
         self._tokens: dict[int, list[int]] = {}
         self._blocks: dict[int, list[int]] = {}
@@ -56,13 +57,22 @@ class Worker:
         self._blocks[slot] += block_ids
         return Growth(slot, first, block_ids)
 
+    def draft(self, slot: int, num_tokens: int) -> Draft:
+        token_ids = [self._dice.randrange(500) for _ in range(num_tokens)]
+        first = len(self._tokens[slot])
+        self._tokens[slot] = self._tokens[slot] + token_ids
+        return Draft(slot, first, token_ids)
+
     def check(self, step: Step) -> None:
         self._tables.apply(step)
         inputs = self._buffers.fill(step)
-        self._check_tokens(inputs, self._expected(step))
-        for row, table in zip(step.rows, inputs.batch.block_tables.tolist(), strict=True):
-            num_blocks = -(-(row.start + row.num_tokens) // BLOCK_SIZE)
-            assert table[:num_blocks] == self._blocks[row.slot][:num_blocks]
+        expected = self._expected(step)
+        self._check_tokens(inputs, expected)
+        tables = inputs.batch.block_tables.tolist()
+        rows = zip(expected.table_slots, expected.context_lens, tables, strict=True)
+        for slot, context_len, table in rows:
+            num_blocks = -(-context_len // BLOCK_SIZE)
+            assert table[:num_blocks] == self._blocks[slot][:num_blocks]
 
     def _expected(self, step: Step) -> Expected:
         expected = Expected()
@@ -73,12 +83,14 @@ class Worker:
                 expected.token_ids.append(self._tokens[row.slot][position])
                 expected.positions.append(position)
                 expected.cells.append(block_id * BLOCK_SIZE + position % BLOCK_SIZE)
-            expected.query_start.append(len(expected.positions))
-            expected.context_lens.append(end)
-            if row.samples:
-                expected.sampled.append(len(expected.positions) - 1)
-                expected.slots.append(row.slot)
-                expected.lengths.append(end)
+                if position >= end - row.num_sampled:
+                    expected.sampled.append(len(expected.positions) - 1)
+                    expected.slots.append(row.slot)
+                    expected.lengths.append(position + 1)
+                if row.num_sampled > 1 or position == end - 1:
+                    expected.query_start.append(len(expected.positions))
+                    expected.context_lens.append(position + 1)
+                    expected.table_slots.append(row.slot)
         return expected
 
     def _check_tokens(self, inputs: StepInputs, expected: Expected) -> None:
@@ -93,7 +105,7 @@ class Worker:
         assert inputs.lengths.tolist() == expected.lengths
 
 
-MIXED_ROWS = [Row(4, 8, 1, True), Row(1, 3, 7, False), Row(5, 0, 37, True), Row(0, 0, 1, False)]
+MIXED_ROWS = [Row(4, 8, 1, 1), Row(1, 3, 7, 0), Row(5, 0, 37, 1), Row(0, 0, 1, 0)]
 """A decode, a chunk from the middle of a block, a whole context, a first token only."""
 
 
@@ -111,15 +123,15 @@ def test_a_mixed_step() -> None:
 def test_a_smaller_step_after_it_sees_nothing_of_it() -> None:
     worker = Worker()
     worker.check(_mixed_step(worker))
-    worker.check(Step(1, rows=[Row(1, 10, 2, False)]))
+    worker.check(Step(1, rows=[Row(1, 10, 2, 0)]))
 
 
 def test_a_table_grows_where_it_ended() -> None:
     worker = Worker()
     admitted = [worker.admission(2, 20)]
-    worker.check(Step(0, admitted=admitted, grown=[worker.growth(2, 2)], rows=[Row(2, 0, 8, True)]))
-    worker.check(Step(1, grown=[worker.growth(2, 1)], rows=[Row(2, 8, 4, False)]))
-    worker.check(Step(2, grown=[worker.growth(2, 2)], rows=[Row(2, 9, 11, True)]))
+    worker.check(Step(0, admitted=admitted, grown=[worker.growth(2, 2)], rows=[Row(2, 0, 8, 1)]))
+    worker.check(Step(1, grown=[worker.growth(2, 1)], rows=[Row(2, 8, 4, 0)]))
+    worker.check(Step(2, grown=[worker.growth(2, 2)], rows=[Row(2, 9, 11, 1)]))
 
 
 def test_a_slot_that_is_taken_again_starts_anew() -> None:
@@ -127,8 +139,18 @@ def test_a_slot_that_is_taken_again_starts_anew() -> None:
     worker.check(_mixed_step(worker))
     admitted = [worker.admission(5, 6)]
     step = Step(1, released=[5], admitted=admitted, grown=[worker.growth(5, 2)])
-    step.rows.append(Row(5, 0, 6, True))
+    step.rows.append(Row(5, 0, 6, 1))
     worker.check(step)
+
+
+def test_tokens_with_drafts_are_rows_of_their_own() -> None:
+    """Beside a prompt's chunk, which stays one row."""
+    worker = Worker()
+    admitted = [worker.admission(slot, n) for slot, n in ((3, 6), (0, 30), (2, 4))]
+    grown = [worker.growth(slot, n) for slot, n in ((3, 3), (0, 8), (2, 1))]
+    worker.check(Step(0, admitted=admitted, grown=grown, rows=[Row(2, 0, 4, 1)]))
+    rows = [Row(3, 5, 5, 5), Row(2, 3, 1, 1), Row(0, 7, 9, 0)]
+    worker.check(Step(1, drafted=[worker.draft(3, 4)], rows=rows))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -140,5 +162,5 @@ def test_random_steps(seed: int) -> None:
         step.grown = [worker.growth(slot, 3) for slot in lengths]
         for slot, length in lengths.items():
             start = dice.randrange(length)
-            step.rows.append(Row(slot, start, dice.randint(1, length - start), dice.random() < 0.5))
+            step.rows.append(Row(slot, start, dice.randint(1, length - start), dice.randint(0, 1)))
         worker.check(step)

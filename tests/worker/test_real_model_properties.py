@@ -76,8 +76,8 @@ class Trace:
     )
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
+@pytest.fixture(scope="module", params=["off", "ngram"])
+def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> EngineCore:
     folder = write_model("tiny-mistral", tmp_path_factory.mktemp("model"))
     return fp32_engine(
         folder,
@@ -85,6 +85,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
         block_size=BLOCK_SIZE,
         max_batched_tokens=7,
         max_model_len=CONTEXT_LEN,
+        speculative=request.param,
     )
 
 
@@ -116,6 +117,8 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(core: EngineCore) -> N
     statistics = core.statistics()
     assert statistics.num_preemptions > 20, "the cache was never short"
     assert statistics.prefix_hit_tokens > 100, "no prefix was ever shared"
+    num_drafted, num_accepted = statistics.num_drafted_tokens, statistics.num_accepted_tokens
+    assert num_drafted == 0 or 50 < num_accepted < num_drafted, "drafts were all right or wrong"
     assert reasons[FinishReason.LENGTH] > 50
     assert reasons[FinishReason.ABORTED] > 5
 

@@ -20,9 +20,16 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
+
+// A call of one of the operations below, as it was recorded.
+struct Call {
+  int (*operation)(i64 dtype, const void* arguments);
+  i64 dtype;
+  const void* arguments;
+};
 
 struct NamedLevel {
   const char* name;
@@ -208,6 +215,14 @@ PILOTLIGHT_API int pilotlight_packed_embedding(DType dtype, const PackedEmbeddin
 
 PILOTLIGHT_API int pilotlight_pack_panels(DType dtype, const PackArgs* a) {
   return status(level().pack_panels(dtype, *a));
+}
+
+// Calls one after the other, up to the first that fails.
+PILOTLIGHT_API int pilotlight_run(i64 num_calls, const Call* calls) {
+  for (const Call* call = calls; call < calls + num_calls; ++call) {
+    if (const int status = call->operation(call->dtype, call->arguments)) return status;
+  }
+  return kDone;
 }
 
 PILOTLIGHT_API int pilotlight_read_memory(DType dtype, const LimitArgs* a) {
