@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 LIBRARY_PATH = Path(__file__).with_name("libpilotlight_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 OPENMP_LIBRARIES = ("libgomp", "libiomp5")
 
 _ERRORS = {

@@ -20,51 +20,64 @@ constexpr int places_for(int num_queries) {
   return places;
 }
 
-// The rows of the first head of some keys and values.
-template <class T>
+// The rows of the first head of some keys and values, and of their scales.
+template <class C>
 struct CacheTile {
   i64 num_keys, num_slots;  // rounded up: past the last key it is repeated
-  const T* keys[kTileSlots];
-  const T* values[kTileSlots];
+  const C* keys[kTileSlots];
+  const C* values[kTileSlots];
+  const float* key_scales[kTileSlots];  // of int8
+  const float* value_scales[kTileSlots];
 
   static i64 size_for(const AttentionArgs& a) {
-    const i64 token_bytes = 2 * a.cache.num_heads * a.cache.head_dim * i64{sizeof(T)};
+    const i64 token_bytes = 2 * a.cache.num_heads * a.cache.head_dim * i64{sizeof(C)};
     const i64 fitting = kTileBytes / token_bytes / kLanes * kLanes;
     return fitting < kLanes ? kLanes : fitting < kTileSlots ? fitting : kTileSlots;
   }
 
   // Of keys [key, end), as many as belong to one tile.
   void find(const AttentionArgs& a, i64 sequence, i64 key, i64 end, i64 tile_size) {
-    const PagedCache& cache = a.cache;
-    const i32* table = a.block_tables + sequence * a.table_stride;
-    const i64 row_size = cache.num_heads * cache.head_dim;
     num_keys = end - key < tile_size ? end - key : tile_size;
     num_slots = round_up(num_keys, kLanes);
+    const PagedCache& cache = a.cache;
     i64 j = 0;
     while (j < num_keys) {
-      const i64 block = table[(key + j) / cache.block_size], offset = (key + j) % cache.block_size;
-      const T* k = static_cast<const T*>(cache.keys) + block * cache.key_block_stride;
-      const T* v = static_cast<const T*>(cache.values) + block * cache.value_block_stride;
-      for (i64 i = offset; i < cache.block_size && j < num_keys; ++i, ++j) {
-        keys[j] = k + i * row_size;
-        values[j] = v + i * row_size;
+      Cell cell(a, sequence, key + j);
+      const i64 end_row = cache.block_size * cache.num_heads;
+      for (; cell.row < end_row && j < num_keys; ++j, cell.row += cache.num_heads) put(j, cell, cache);
+      if (j == num_keys) {
+        cell.row -= cache.num_heads;
+        for (; j < num_slots; ++j) put(j, cell, cache);
       }
     }
-    for (; j < num_slots; ++j) {
-      keys[j] = keys[j - 1];
-      values[j] = values[j - 1];
+  }
+
+  void fetch_scales() const {
+    for (i64 j = 0; j < num_keys; ++j) {
+      __builtin_prefetch(key_scales[j], 0, 3);
+      __builtin_prefetch(value_scales[j], 0, 3);
+    }
+  }
+
+ private:
+  void put(i64 j, const Cell& cell, const PagedCache& cache) {
+    keys[j] = cell.key<C>(cache);
+    values[j] = cell.value<C>(cache);
+    if constexpr (kIsQuantised<C>) {
+      key_scales[j] = cell.key_scale(cache);
+      value_scales[j] = cell.value_scale(cache);
     }
   }
 };
 
 // Fetches rows, all heads of them, line by line.
-template <class T>
+template <class C>
 class Fetcher {
  public:
-  void start(const T* const* rows, i64 num_rows, i64 row_size) {
+  void start(const C* const* rows, i64 num_rows, i64 row_size) {
     next_row_ = rows;
     end_row_ = rows + num_rows;
-    row_bytes_ = row_size * i64{sizeof(T)};
+    row_bytes_ = row_size * i64{sizeof(C)};
     at_ = end_ = nullptr;
   }
 
@@ -79,19 +92,65 @@ class Fetcher {
   }
 
  private:
-  const T* const* next_row_;
-  const T* const* end_row_;
+  const C* const* next_row_;
+  const C* const* end_row_;
   i64 row_bytes_;
   const char *at_, *end_;
 };
 
-template <class T>
+// Where the products find the rows of one head: each lies `offset` behind its pointer.
+template <class E>
+struct HeadRows {
+  const E* const* rows;
+  i64 offset;
+};
+
+// A head's rows of a tile of int8, expanded, and their scales.
+template <class E>
+class ExpandedRows {
+ public:
+  void make_room(std::uint32_t*& memory, i64 head_dim) {
+    for (i64 j = 0; j < kTileSlots; ++j) {
+      rows_[j] = to_[j] = reinterpret_cast<E*>(memory) + j * head_dim;
+    }
+    memory += kTileSlots * head_dim;
+  }
+
+  void take(const std::int8_t* const* rows, const float* const* scales, i64 num_slots, i64 head,
+            i64 head_dim) {
+    for (i64 j = 0; j < num_slots; ++j) {
+      expand(rows[j] + head * head_dim, to_[j], head_dim);
+      scales_[j] = scales[j][head];
+    }
+  }
+
+  HeadRows<E> rows() const { return {rows_, 0}; }
+
+  // Factors of lanes, each key's for `Places` of them, from key `j` on.
+  template <int Places>
+  vf scales(i64 j) const {
+    return in_places<Places>(load(scales_ + j, Whole{}), std::make_integer_sequence<int, kLanes>());
+  }
+
+ private:
+  template <int Places, int... Lane>
+  static vf in_places(vf keys, std::integer_sequence<int, Lane...>) {
+    return (vf)shuffle<Lane / Places...>((vu)keys, (vu)keys);
+  }
+
+  E* to_[kTileSlots];
+  const E* rows_[kTileSlots];
+  float scales_[kTileSlots + kLanes] = {};
+};
+
+template <class T, class C>
 class DirectRun {
  public:
-  static constexpr i64 kPerWord = 4 / sizeof(T);
+  using E = Expanded<T, C>;
+  static constexpr i64 kPerWord = 4 / sizeof(E);
   static constexpr i64 kPerVector = kPerWord * kLanes;
   // Vectors of factors that a vector of words makes in a product with a query.
-  static constexpr int kDotHalves = Words<T>::kPairs ? 1 : kPerWord;
+  static constexpr int kDotHalves = Words<E>::kPairs ? 1 : kPerWord;
 
   static bool can_take(const AttentionArgs& a) {
     const Geometry g(a);
@@ -99,18 +158,25 @@ class DirectRun {
   }
 
   static i64 num_scratch_words(const Geometry& g, i64 num_heads) {
-    return kMaxDotQueries * kTileSlots + num_heads * g.head_dim + direct_partial_size(g, num_heads);
+    const i64 expanded = kIsQuantised<C> ? 2 * kTileSlots * g.head_dim : 0;
+    return kMaxDotQueries * kTileSlots + num_heads * g.head_dim + direct_partial_size(g, num_heads) +
+           expanded;
   }
 
   // `next` is what this thread will probably run next, or null.
   DirectRun(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
             float* partials)
       : a_(a), item_(item), next_(next), g_(a), num_vectors_(g_.head_dim / kPerVector),
-        tile_size_(CacheTile<T>::size_for(a)),
-        num_lines_(divide_up(g_.head_dim * i64{sizeof(T)}, kLine)) {
+        tile_size_(CacheTile<C>::size_for(a)),
+        num_lines_(divide_up(g_.head_dim * i64{sizeof(C)}, kLine)) {
     weights_ = reinterpret_cast<float*>(memory);
     queries_ = memory += kMaxDotQueries * kTileSlots;
-    float* own = reinterpret_cast<float*>(memory + a.num_heads * g_.head_dim);
+    memory += a.num_heads * g_.head_dim;
+    if constexpr (kIsQuantised<C>) {
+      keys_.make_room(memory, g_.head_dim);
+      values_.make_room(memory, g_.head_dim);
+    }
+    float* own = reinterpret_cast<float*>(memory);
     running_ = direct_running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
   }
 
@@ -126,11 +192,11 @@ class DirectRun {
         constexpr int kQueries = decltype(queries)::value;
         std::uint32_t* words = queries_ + first * g_.head_dim;
         if (key == item_.first_key) take_queries<kQueries>(first, words);
-        const i64 offset = head * g_.head_dim;
         num_fetched_ = first == head * g_.group ? num_lines_ : 0;
-        score<kQueries>(words, offset);
+        if (num_fetched_) take_head(head);
+        score<kQueries>(words);
         weigh<kQueries>(first);
-        add_values<kQueries>(first, offset, key == item_.first_key);
+        add_values<kQueries>(first, key == item_.first_key);
       });
       current_ ^= 1;
     }
@@ -140,18 +206,32 @@ class DirectRun {
   const Running& running() const { return running_; }
 
  private:
-  const CacheTile<T>& tile() const { return tiles_[current_]; }
+  const CacheTile<C>& tile() const { return tiles_[current_]; }
 
   void find_ahead(i64 key) {
-    CacheTile<T>& tile = tiles_[current_ ^ 1];
+    CacheTile<C>& tile = tiles_[current_ ^ 1];
     tile.num_keys = 0;
     if (key < item_.end_key) {
       tile.find(a_, item_.sequence, key, item_.end_key, tile_size_);
     } else if (next_ && next_->kv_head == kAllHeads) {
       tile.find(a_, next_->sequence, next_->first_key, next_->end_key, tile_size_);
     }
+    if constexpr (kIsQuantised<C>) tile.fetch_scales();
     keys_ahead_.start(tile.keys, tile.num_keys, a_.cache.num_heads * g_.head_dim);
     values_ahead_.start(tile.values, tile.num_keys, a_.cache.num_heads * g_.head_dim);
+  }
+
+  void take_head(i64 head) {
+    const i64 dim = g_.head_dim;
+    if constexpr (kIsQuantised<C>) {
+      keys_.take(tile().keys, tile().key_scales, tile().num_slots, head, dim);
+      values_.take(tile().values, tile().value_scales, tile().num_slots, head, dim);
+      head_keys_ = keys_.rows();
+      head_values_ = values_.rows();
+    } else {
+      head_keys_ = {tile().keys, head * dim};
+      head_values_ = {tile().values, head * dim};
+    }
   }
 
   // Calls body(key head, first query head, number of query heads as a type).
@@ -179,6 +259,14 @@ class DirectRun {
     return half == 0 ? words << 16 : words & 0xffff0000u;
   }
 
+  static vu load_query(const T* from) {
+    if constexpr (std::is_same<E, T>::value) {
+      return load_raw<vu>(from, Whole{});
+    } else {
+      return load_words(from, Whole{});
+    }
+  }
+
   // to[vector][half][query][lane]
   template <int Queries>
   void take_queries(i64 head, std::uint32_t* to) {
@@ -186,7 +274,7 @@ class DirectRun {
     const T* q = static_cast<const T*>(a_.q) + s.first_query * a_.q_stride + head * g_.head_dim;
     for (i64 v = 0; v < num_vectors_; ++v) {
       for (int i = 0; i < Queries; ++i) {
-        const vu words = load_raw<vu>(q + i * g_.head_dim + v * kPerVector, Whole{});
+        const vu words = load_query(q + i * g_.head_dim + v * kPerVector);
         for (int half = 0; half < kDotHalves; ++half) {
           store_raw(to + ((v * kDotHalves + half) * Queries + i) * kLanes, factors(words, half),
                     Whole{});
@@ -197,29 +285,32 @@ class DirectRun {
 
   // weights_[key][place] = products of the tile's keys with the queries.
   template <int Queries>
-  __attribute__((noinline)) void score(const std::uint32_t* queries, i64 offset) {
+  __attribute__((noinline)) void score(const std::uint32_t* queries) {
     constexpr int kPlaces = places_for(Queries), kKeys = kLanes / kPlaces;
-    const CacheTile<T>& tile = this->tile();
-    Fetcher<T> keys_ahead = keys_ahead_;
+    const CacheTile<C>& tile = this->tile();
+    const i64 offset = head_keys_.offset;
+    Fetcher<C> keys_ahead = keys_ahead_;
     const i64 num_fetched = num_fetched_ * kKeys;
     for (i64 slot = 0; slot < tile.num_slots; slot += kKeys) {
       for (i64 i = 0; i < num_fetched; ++i) keys_ahead.fetch_line();
       vf total[kLanes] = {};
       const std::uint32_t* query = queries;
-      const T* const* rows = tile.keys + slot;
+      const E* const* rows = head_keys_.rows + slot;
       for (i64 v = 0; v < num_vectors_; ++v, query += kDotHalves * Queries * kLanes) {
         unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
           const vu words = load_raw<vu>(rows[k] + offset + v * kPerVector, Whole{});
           unrolled<kDotHalves>([&](auto half) __attribute__((always_inline)) {
             const vu factor = factors(words, half);
             unrolled<Queries>([&](auto q) __attribute__((always_inline)) {
-              add_product<Words<T>::kPairs>(total[k * kPlaces + q], factor,
+              add_product<Words<E>::kPairs>(total[k * kPlaces + q], factor,
                                             query + (half * Queries + q) * kLanes);
             });
           });
         });
       }
-      store(weights_ + slot * kPlaces, sums(total), Whole{});
+      vf scores = sums(total);
+      if constexpr (kIsQuantised<C>) scores *= keys_.template scales<kPlaces>(slot);
+      store(weights_ + slot * kPlaces, scores, Whole{});
     }
     keys_ahead_ = keys_ahead;
   }
@@ -233,6 +324,15 @@ class DirectRun {
       if (lane % kPlaces < Queries) lanes[lane] = values[lane % kPlaces];
     }
     return load(lanes, Whole{});
+  }
+
+  template <int Places>
+  vf of_values(vf weight, i64 key) const {
+    if constexpr (kIsQuantised<C>) {
+      return weight * values_.template scales<Places>(key);
+    } else {
+      return weight;
+    }
   }
 
   // Turns scores into weights, and finds the factors of what there was before.
@@ -256,7 +356,7 @@ class DirectRun {
     for (i64 i = 0; i < size; i += kLanes) {
       const vf weight = exp2_negative(load(weights_ + i, Whole{}) * factor - shift.shift);
       total += weight;
-      store(weights_ + i, weight, Whole{});
+      store(weights_ + i, of_values<kPlaces>(weight, i / kPlaces), Whole{});
     }
     store(lanes, total, Whole{});
     for (int q = 0; q < Queries; ++q) {
@@ -267,16 +367,14 @@ class DirectRun {
   }
 
   template <int Queries>
-  void add_values(i64 head, i64 offset, bool is_first) {
+  void add_values(i64 head, bool is_first) {
     constexpr int kBlocks = (Queries + kMaxValueRows - 1) / kMaxValueRows;
     constexpr int kPlaces = places_for(Queries), kRows = Queries / kBlocks;
     static_assert(kBlocks <= 2, "");
     num_passes_ = num_passes<kRows>();
     if constexpr (kBlocks == 2) num_passes_ += num_passes<Queries - kRows>();
-    add_to_rows<kRows, kPlaces>(0, head, offset, is_first);
-    if constexpr (kBlocks == 2) {
-      add_to_rows<Queries - kRows, kPlaces>(kRows, head, offset, is_first);
-    }
+    add_to_rows<kRows, kPlaces>(0, head, is_first);
+    if constexpr (kBlocks == 2) add_to_rows<Queries - kRows, kPlaces>(kRows, head, is_first);
   }
 
   // Vectors of words that are multiplied in one pass.
@@ -293,22 +391,21 @@ class DirectRun {
 
   // The values of a head into the rows of some query heads, whose weights begin at `place`.
   template <int Rows, int Places>
-  void add_to_rows(int place, i64 head, i64 offset, bool is_first) {
+  void add_to_rows(int place, i64 head, bool is_first) {
     constexpr int kVectors = width_for<Rows>();
     float* out = running_.rows + (head + place) * g_.head_dim;
     i64 v = 0;
     for (; v + kVectors <= num_vectors_; v += kVectors) {
-      add_columns<Rows, kVectors, Places>(offset + v * kPerVector, place, out + v * kPerVector,
-                                          is_first);
+      add_columns<Rows, kVectors, Places>(v * kPerVector, place, out + v * kPerVector, is_first);
     }
     for (; v < num_vectors_; ++v) {
-      add_columns<Rows, 1, Places>(offset + v * kPerVector, place, out + v * kPerVector, is_first);
+      add_columns<Rows, 1, Places>(v * kPerVector, place, out + v * kPerVector, is_first);
     }
   }
 
   // Weighted values, Vectors vectors of words of each, into Rows rows.
   template <int Rows, int Vectors, int Places>
-  __attribute__((noinline)) void add_columns(i64 offset, int place, float* out, bool is_first) {
+  __attribute__((noinline)) void add_columns(i64 column, int place, float* out, bool is_first) {
     // Two vectors of factors at a time, if there are two: the fewest registers.
     constexpr int kColumns = Vectors * kPerWord, kWidth = kColumns % 2 ? 1 : 2;
     vf total[kColumns / kWidth][Rows][kWidth] = {};
@@ -324,19 +421,19 @@ class DirectRun {
         sum = load(at, Whole{}) * splat(factors_[place + r]);
       });
     }
-    const CacheTile<T>& tile = this->tile();
+    const i64 num_keys = tile().num_keys, offset = head_values_.offset + column;
+    const E* const* rows = head_values_.rows;
     const float* weights = weights_ + place;
-    Fetcher<T> values_ahead = values_ahead_;
+    Fetcher<C> values_ahead = values_ahead_;
     i64 owed = 0;
-    for (i64 j = 0; j < tile.num_keys; ++j, weights += Places) {
+    for (i64 j = 0; j < num_keys; ++j, weights += Places) {
       // All passes together fetch what they have read, evenly: memory is never idle, never flooded.
       for (owed += num_fetched_; owed >= num_passes_; owed -= num_passes_) values_ahead.fetch_line();
-      const T* row = tile.values[j] + offset;
+      const E* row = rows[j] + offset;
       unrolled<kColumns / kWidth>([&](auto i) __attribute__((always_inline)) {
         vu right[kWidth];
         unrolled<kWidth>([&](auto c) __attribute__((always_inline)) {
-          const int column = i * kWidth + c;
-          const vu words = load_raw<vu>(row + column / kPerWord * kPerVector, Whole{});
+          const vu words = load_raw<vu>(row + (i * kWidth + c) / kPerWord * kPerVector, Whole{});
           right[c] = kPerWord == 1 ? words : c == 0 ? words << 16 : words & 0xffff0000u;
         });
         unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
@@ -356,18 +453,20 @@ class DirectRun {
   const Geometry g_;
   const i64 num_vectors_, tile_size_, num_lines_;
   i64 num_fetched_ = 0, num_passes_ = 1;  // lines per key; passes over a head's values
-  Fetcher<T> keys_ahead_, values_ahead_;
+  Fetcher<C> keys_ahead_, values_ahead_;
   int current_ = 0;
   float* weights_;              // first scores: [key][place]
   std::uint32_t* queries_;      // of all heads
   Running running_;
   alignas(64) float factors_[kLanes];
-  CacheTile<T> tiles_[2];
+  CacheTile<C> tiles_[2];
+  HeadRows<E> head_keys_, head_values_;
+  ExpandedRows<E> keys_, values_;  // of int8
 };
 
-template <class T>
+template <class T, class C>
 void write_direct(const AttentionArgs& a, const Item& item, const Running& running) {
-  constexpr i64 kPerWord = 4 / sizeof(T);
+  constexpr i64 kPerWord = DirectRun<T, C>::kPerWord;
   const Geometry g(a);
   const Sequence s(a, item.sequence);
   T* out = static_cast<T*>(a.out) + s.first_query * a.num_heads * g.head_dim;

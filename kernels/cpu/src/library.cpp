@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -186,9 +186,19 @@ PILOTLIGHT_API int pilotlight_rope_store_kv(DType dtype, const RopeStoreArgs* a)
   return status(level().rope_store_kv(dtype, *a));
 }
 
+PILOTLIGHT_API int pilotlight_rope_store_kv_int8(DType dtype, const RopeStoreArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().rope_store_kv_int8(dtype, *a));
+}
+
 PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* a) {
   if (!has_good_indices(*a)) return kBadIndex;
   return status(level().paged_attention(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_paged_attention_int8(DType dtype, const AttentionArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().paged_attention_int8(dtype, *a));
 }
 
 PILOTLIGHT_API int pilotlight_linear(DType dtype, const LinearArgs* a) {
