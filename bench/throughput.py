@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--max-batched-tokens", type=int, default=2048, metavar="TOKENS")
     add("--kv-cache-bytes", default="0", metavar="BYTES", help="as 512MiB; 0: from what is free")
+    add("--kv-cache-dtype", default="auto", choices=("auto", "int8"), help="(default: %(default)s)")
     add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
     add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
     return top
@@ -82,6 +83,7 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         max_num_seqs=arguments.num_seqs,
         max_batched_tokens=max(arguments.max_batched_tokens, arguments.num_seqs),
         kv_cache_bytes=size_bytes("--kv-cache-bytes", arguments.kv_cache_bytes),
+        kv_cache_dtype=arguments.kv_cache_dtype,
         num_threads=arguments.num_threads,
         prefix_cache=False,
     )

@@ -50,6 +50,7 @@ def startup_json(status: EngineStatus, state: str, elapsed_s: float) -> dict[str
         "bytes_total": status.bytes_total,
         "eta_s": eta_s(status, elapsed_s),
         "artefact": status.facts.artefact if status.facts else "",
+        "kv_cache_dtype": status.facts.kv_cache_dtype if status.facts else "",
         "num_restarts": status.num_restarts,
         "phases": [
             {"name": p.name, "started_s": round(p.started_s, 4), "s": round(p.duration_s, 4)}

@@ -60,7 +60,7 @@ def cost(
 
 
 def cases() -> Iterator[Case]:
-    """Those of paged_attention, the sharpest less sharp: a scale is one more rounding of a score."""
+    """Those of paged_attention, the sharpest less sharp: a scale is another rounding of a score."""
     for case in plain.cases():
         if case.name != "sharp-softmax":
             yield Case(case.name, _quantised_caches(case.build), case.is_timed)

@@ -5,7 +5,7 @@ Knows no model. Symmetric: no zero point, so that a scale is a factor of scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -92,11 +92,17 @@ def _quantised_caches(build: Builder) -> Builder:
 
 
 def _zeros(inputs: Inputs) -> tuple[object, ...]:
-    q, k, v, *others = plain.qkv_view(5, 4, 2, 32)(inputs)
-    return q, torch.zeros_like(k), torch.zeros_like(v), *others
+    return _rows(inputs, lambda x: x.zero_())
 
 
 def _outliers(inputs: Inputs) -> tuple[object, ...]:
+    return _rows(inputs, lambda x: x[:, :, 3].mul_(1000.0))
+
+
+def _rows(inputs: Inputs, change: Callable[[torch.Tensor], object]) -> tuple[object, ...]:
+    """Five rows, their keys and values changed."""
     q, k, v, *others = plain.qkv_view(5, 4, 2, 32)(inputs)
-    k[:, 0, 3] = v[:, 1, 4] = 1000.0
+    assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    change(k)
+    change(v)
     return q, k, v, *others

@@ -137,6 +137,21 @@ def test_blocks_outside_the_cache_are_an_error() -> None:
         op.function()(q, keys, values, tables, *lists)
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("name", ("cpu", "reference"))
+def test_a_head_that_is_not_finite_shows_in_its_scale(name: str, value: float) -> None:
+    if name == "cpu" and native.library() is None:
+        pytest.skip("no native library")
+    function = table.Implementation("rope_store_kv_int8", name).function()
+    q, k, v, *others = cases_of("rope_store_kv_int8")["no-gqa"].make(CPU, torch.float32)
+    assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    k[0, 1, 2] = v[0, 2, 3] = value
+    function(q, k, v, *others)
+    *_, k_scales, v_scales, slots = others
+    assert k_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, True, False, False]
+    assert v_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, False, True, False]
+
+
 @needs_native
 def test_an_unknown_level_is_an_error(best_level: None) -> None:
     assert native.level() == native.levels()[0]

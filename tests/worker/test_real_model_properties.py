@@ -21,8 +21,10 @@ CONTEXT_LEN = 56
 MAX_PROMPT_LEN = 24
 MAX_TOKENS = 30
 BLOCK_SIZE = 4
-CACHE_BYTES = 40 << 10
-"""20 blocks of 2 KiB: one longest sequence and a third."""
+NUM_BLOCKS = 20
+"""One longest sequence and a third."""
+BLOCK_BYTES = {"auto": 2048, "int8": 640}
+"""Of the model below: 128 elements a token and layer in 2 layers; int8 with 8 scales."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,13 @@ class Trace:
     )
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
+@pytest.fixture(scope="module", params=BLOCK_BYTES)
+def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> EngineCore:
     folder = write_model("tiny-mistral", tmp_path_factory.mktemp("model"))
     return fp32_engine(
         folder,
-        kv_cache_bytes=CACHE_BYTES,
+        kv_cache_bytes=NUM_BLOCKS * BLOCK_BYTES[request.param],
+        kv_cache_dtype=request.param,
         block_size=BLOCK_SIZE,
         max_batched_tokens=7,
         max_model_len=CONTEXT_LEN,

@@ -94,10 +94,19 @@ inline vf load(const float* from, Extent extent) { return load_raw<vf>(from, ext
 template <class Extent>
 inline vf load(const bf16* from, Extent extent) { return widen(load_raw<vh>(from, extent)); }
 
-template <class Extent>
-inline vf load(const std::int8_t* from, Extent extent) {
-  return __builtin_convertvector(__builtin_convertvector(load_raw<vb>(from, extent), vi), vf);
+inline vf widen(vb b) {
+#if LANES == 16 && defined(__AVX512F__)  // GCC takes the other way apart
+  const vi wide = (vi)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)b);
+#elif LANES == 8 && defined(__AVX2__)
+  const vi wide = (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)b));
+#else
+  const vi wide = __builtin_convertvector(b, vi);
+#endif
+  return __builtin_convertvector(wide, vf);
 }
+
+template <class Extent>
+inline vf load(const std::int8_t* from, Extent extent) { return widen(load_raw<vb>(from, extent)); }
 
 template <class Extent>
 inline void store(float* to, vf v, Extent extent) { store_raw(to, v, extent); }
