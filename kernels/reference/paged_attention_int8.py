@@ -26,7 +26,7 @@ def paged_attention_int8(
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
-    """Return paged_attention with keys k_cache * k_scales and values v_cache * v_scales.
+    """Return paged_attention with keys k_cache * k_scales and values v_cache * v_scales, in fp32.
 
     k_cache, v_cache: [num_blocks, block_size, Hk, D] int8; k_scales, v_scales: [num_blocks,
     block_size, Hk] fp32; all others, and the result, as there.
@@ -36,11 +36,12 @@ def paged_attention_int8(
         def values(cache: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
             table = block_tables[row]
             factors = plain.gathered(scales, table, span).unsqueeze(-1)
-            return (plain.gathered(cache, table, span) * factors).to(q.dtype)
+            return plain.gathered(cache, table, span) * factors
 
         return values(k_cache, k_scales), values(v_cache, v_scales)
 
-    return plain.attention_over(q, read, query_start, context_lens, scale, sliding_window)
+    lists = query_start, context_lens
+    return plain.attention_over(q.float(), read, *lists, scale, sliding_window).to(q.dtype)
 
 
 def cost(

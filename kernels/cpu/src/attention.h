@@ -1,6 +1,16 @@
 // Causal grouped-query attention over a paged cache, with an online softmax.
 // Included by each level_*.cpp after decode.h; see there. Source: arXiv:2205.14135 (tiling).
 
+// What the products of several queries read: int8 expanded to what this level multiplies.
+template <class T, class C>
+using Expanded =
+    std::conditional_t<!kIsQuantised<C>, T, std::conditional_t<Words<T>::kPairs, bf16, float>>;
+
+template <class To>
+inline void expand(const std::int8_t* from, To* to, i64 size) {
+  for_lanes(size, [&](i64 i, auto extent) { store(to + i, load(from + i, extent), extent); });
+}
+
 template <class T, class C>
 class ItemRun {
  public:
@@ -155,7 +165,7 @@ class ItemRun {
     for (i64 j = 0; j < kTileKeys; j += kLanes) {
       const vf weight = exp2_negative(load(scores + j, Whole{}) * factor - splat(shift));
       total += weight;
-      const vf of_value = kIsQuantised<C> ? load(value_scales_ + j, Whole{}) : splat(1);
+      const vf of_value = load(value_scales_ + j, Whole{});
       store(weights + j, kIsQuantised<C> ? weight * of_value : weight, Whole{});
     }
     return total;

@@ -31,19 +31,10 @@ struct Geometry {
   i64 partial_size() const { return kTileRows * (2 + padded_dim); }
 };
 
-// T: of the queries; C: of the cache. What is multiplied with the queries is of type Expanded: an int8
-// becomes, exactly, what this level multiplies, and its scale is a factor of scores and weights.
+// T: of the queries; C: of the cache. An int8 becomes, exactly, a number that the queries are
+// multiplied with, and its scale is a factor of scores and weights.
 template <class C>
 constexpr bool kIsQuantised = std::is_same<C, std::int8_t>::value;
-
-template <class T, class C>
-using Expanded =
-    std::conditional_t<!kIsQuantised<C>, T, std::conditional_t<Words<T>::kPairs, bf16, float>>;
-
-template <class To>
-inline void expand(const std::int8_t* from, To* to, i64 size) {
-  for_lanes(size, [&](i64 i, auto extent) { store(to + i, load(from + i, extent), extent); });
-}
 
 // The place of a key: its row of the first head, and that of its scales.
 struct Cell {

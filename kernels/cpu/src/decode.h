@@ -11,6 +11,8 @@ constexpr i64 kMaxDirectGroup = 16;
 constexpr i64 kTileSlots = 64;
 constexpr i64 kTileBytes = 64 << 10;  // this tile and the next share a second-level cache
 constexpr int kMaxDotQueries = kLanes < 8 ? kLanes : 8;
+constexpr int kMaxDotSums = LANES == 16 ? 28 : 14;
+constexpr int kKeysAtOnce = 4;  // values in a step of a pass
 constexpr int kMaxValueRows = LANES == 16 ? 12 : 6;
 
 // Places in a row of weights for `num_queries` of them.
@@ -98,59 +100,38 @@ class Fetcher {
   const char *at_, *end_;
 };
 
-// Where the products find the rows of one head: each lies `offset` behind its pointer.
-template <class E>
-struct HeadRows {
-  const E* const* rows;
-  i64 offset;
-};
-
-// A head's rows of a tile of int8, expanded, and their scales.
-template <class E>
-class ExpandedRows {
+// The scales of one head in a tile of int8.
+class HeadScales {
  public:
-  void make_room(std::uint32_t*& memory, i64 head_dim) {
-    for (i64 j = 0; j < kTileSlots; ++j) {
-      rows_[j] = to_[j] = reinterpret_cast<E*>(memory) + j * head_dim;
-    }
-    memory += kTileSlots * head_dim;
+  void take(const float* const* scales, i64 num_slots, i64 head) {
+    for (i64 j = 0; j < num_slots; ++j) scales_[j] = scales[j][head];
   }
-
-  void take(const std::int8_t* const* rows, const float* const* scales, i64 num_slots, i64 head,
-            i64 head_dim) {
-    for (i64 j = 0; j < num_slots; ++j) {
-      expand(rows[j] + head * head_dim, to_[j], head_dim);
-      scales_[j] = scales[j][head];
-    }
-  }
-
-  HeadRows<E> rows() const { return {rows_, 0}; }
 
   // Factors of lanes, each key's for `Places` of them, from key `j` on.
   template <int Places>
-  vf scales(i64 j) const {
-    return in_places<Places>(load(scales_ + j, Whole{}), std::make_integer_sequence<int, kLanes>());
+  vf in_places(i64 j) const {
+    const vu keys = load_raw<vu>(scales_ + j, Whole{});
+    return (vf)in_places<Places>(keys, std::make_integer_sequence<int, kLanes>());
   }
 
  private:
   template <int Places, int... Lane>
-  static vf in_places(vf keys, std::integer_sequence<int, Lane...>) {
-    return (vf)shuffle<Lane / Places...>((vu)keys, (vu)keys);
+  static vu in_places(vu keys, std::integer_sequence<int, Lane...>) {
+    return shuffle<Lane / Places...>(keys, keys);
   }
 
-  E* to_[kTileSlots];
-  const E* rows_[kTileSlots];
   float scales_[kTileSlots + kLanes] = {};
 };
 
 template <class T, class C>
 class DirectRun {
  public:
-  using E = Expanded<T, C>;
-  static constexpr i64 kPerWord = 4 / sizeof(E);
+  // Elements in a word of what is multiplied: int8 are converted as they are read.
+  static constexpr i64 kPerWord = kIsQuantised<C> ? 1 : 4 / sizeof(C);
   static constexpr i64 kPerVector = kPerWord * kLanes;
   // Vectors of factors that a vector of words makes in a product with a query.
-  static constexpr int kDotHalves = Words<E>::kPairs ? 1 : kPerWord;
+  static constexpr bool kPairs = Words<C>::kPairs;
+  static constexpr int kDotHalves = kPairs ? 1 : kPerWord;
 
   static bool can_take(const AttentionArgs& a) {
     const Geometry g(a);
@@ -158,9 +139,7 @@ class DirectRun {
   }
 
   static i64 num_scratch_words(const Geometry& g, i64 num_heads) {
-    const i64 expanded = kIsQuantised<C> ? 2 * kTileSlots * g.head_dim : 0;
-    return kMaxDotQueries * kTileSlots + num_heads * g.head_dim + direct_partial_size(g, num_heads) +
-           expanded;
+    return kMaxDotQueries * kTileSlots + num_heads * g.head_dim + direct_partial_size(g, num_heads);
   }
 
   // `next` is what this thread will probably run next, or null.
@@ -171,12 +150,7 @@ class DirectRun {
         num_lines_(divide_up(g_.head_dim * i64{sizeof(C)}, kLine)) {
     weights_ = reinterpret_cast<float*>(memory);
     queries_ = memory += kMaxDotQueries * kTileSlots;
-    memory += a.num_heads * g_.head_dim;
-    if constexpr (kIsQuantised<C>) {
-      keys_.make_room(memory, g_.head_dim);
-      values_.make_room(memory, g_.head_dim);
-    }
-    float* own = reinterpret_cast<float*>(memory);
+    float* own = reinterpret_cast<float*>(memory + a.num_heads * g_.head_dim);
     running_ = direct_running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
   }
 
@@ -222,15 +196,10 @@ class DirectRun {
   }
 
   void take_head(i64 head) {
-    const i64 dim = g_.head_dim;
+    offset_ = head * g_.head_dim;
     if constexpr (kIsQuantised<C>) {
-      keys_.take(tile().keys, tile().key_scales, tile().num_slots, head, dim);
-      values_.take(tile().values, tile().value_scales, tile().num_slots, head, dim);
-      head_keys_ = keys_.rows();
-      head_values_ = values_.rows();
-    } else {
-      head_keys_ = {tile().keys, head * dim};
-      head_values_ = {tile().values, head * dim};
+      key_scales_.take(tile().key_scales, tile().num_slots, head);
+      value_scales_.take(tile().value_scales, tile().num_slots, head);
     }
   }
 
@@ -259,11 +228,13 @@ class DirectRun {
     return half == 0 ? words << 16 : words & 0xffff0000u;
   }
 
-  static vu load_query(const T* from) {
-    if constexpr (std::is_same<E, T>::value) {
-      return load_raw<vu>(from, Whole{});
+  // A vector of words of the rows or of the cache.
+  template <class From>
+  static vu load_vector(const From* from) {
+    if constexpr (kIsQuantised<C>) {
+      return (vu)load(from, Whole{});
     } else {
-      return load_words(from, Whole{});
+      return load_raw<vu>(from, Whole{});
     }
   }
 
@@ -274,7 +245,7 @@ class DirectRun {
     const T* q = static_cast<const T*>(a_.q) + s.first_query * a_.q_stride + head * g_.head_dim;
     for (i64 v = 0; v < num_vectors_; ++v) {
       for (int i = 0; i < Queries; ++i) {
-        const vu words = load_query(q + i * g_.head_dim + v * kPerVector);
+        const vu words = load_vector(q + i * g_.head_dim + v * kPerVector);
         for (int half = 0; half < kDotHalves; ++half) {
           store_raw(to + ((v * kDotHalves + half) * Queries + i) * kLanes, factors(words, half),
                     Whole{});
@@ -287,30 +258,36 @@ class DirectRun {
   template <int Queries>
   __attribute__((noinline)) void score(const std::uint32_t* queries) {
     constexpr int kPlaces = places_for(Queries), kKeys = kLanes / kPlaces;
-    const CacheTile<C>& tile = this->tile();
-    const i64 offset = head_keys_.offset;
+    constexpr int kGroups = 2 * kKeys * Queries <= kMaxDotSums ? 2 : 1;  // of keys, if registers do
     Fetcher<C> keys_ahead = keys_ahead_;
-    const i64 num_fetched = num_fetched_ * kKeys;
-    for (i64 slot = 0; slot < tile.num_slots; slot += kKeys) {
+    const i64 num_slots = tile().num_slots, offset = offset_;
+    const i64 num_fetched = num_fetched_ * kGroups * kKeys;
+    for (i64 slot = 0; slot < num_slots; slot += kGroups * kKeys) {
       for (i64 i = 0; i < num_fetched; ++i) keys_ahead.fetch_line();
-      vf total[kLanes] = {};
+      vf total[kGroups][kLanes] = {};
       const std::uint32_t* query = queries;
-      const E* const* rows = head_keys_.rows + slot;
-      for (i64 v = 0; v < num_vectors_; ++v, query += kDotHalves * Queries * kLanes) {
-        unrolled<kKeys>([&](auto k) __attribute__((always_inline)) {
-          const vu words = load_raw<vu>(rows[k] + offset + v * kPerVector, Whole{});
-          unrolled<kDotHalves>([&](auto half) __attribute__((always_inline)) {
-            const vu factor = factors(words, half);
-            unrolled<Queries>([&](auto q) __attribute__((always_inline)) {
-              add_product<Words<E>::kPairs>(total[k * kPlaces + q], factor,
-                                            query + (half * Queries + q) * kLanes);
+      const C* const* rows = tile().keys + slot;
+      for (i64 v = 0; v < num_vectors_; ++v) {
+        vu words[kGroups * kKeys];
+        unrolled<kGroups * kKeys>([&](auto k) __attribute__((always_inline)) {
+          words[k] = load_vector(rows[k] + offset + v * kPerVector);
+        });
+        unrolled<kDotHalves>([&](auto half) __attribute__((always_inline)) {
+          unrolled<Queries>([&](auto q) __attribute__((always_inline)) {
+            unrolled<kGroups * kKeys>([&](auto k) __attribute__((always_inline)) {
+              vf& sum = total[k / kKeys][k % kKeys * kPlaces + q];
+              add_product<kPairs>(sum, factors(words[k], half), query);
             });
+            query += kLanes;
           });
         });
       }
-      vf scores = sums(total);
-      if constexpr (kIsQuantised<C>) scores *= keys_.template scales<kPlaces>(slot);
-      store(weights_ + slot * kPlaces, scores, Whole{});
+      unrolled<kGroups>([&](auto group) __attribute__((always_inline)) {
+        const i64 key = slot + group * kKeys;
+        vf scores = sums(total[group]);
+        if constexpr (kIsQuantised<C>) scores *= key_scales_.in_places<kPlaces>(key);
+        store(weights_ + key * kPlaces, scores, Whole{});
+      });
     }
     keys_ahead_ = keys_ahead;
   }
@@ -329,7 +306,7 @@ class DirectRun {
   template <int Places>
   vf of_values(vf weight, i64 key) const {
     if constexpr (kIsQuantised<C>) {
-      return weight * values_.template scales<Places>(key);
+      return weight * value_scales_.in_places<Places>(key);
     } else {
       return weight;
     }
@@ -421,23 +398,26 @@ class DirectRun {
         sum = load(at, Whole{}) * splat(factors_[place + r]);
       });
     }
-    const i64 num_keys = tile().num_keys, offset = head_values_.offset + column;
-    const E* const* rows = head_values_.rows;
+    const i64 num_slots = tile().num_slots, offset = offset_ + column;
+    const C* const* rows = tile().values;
     const float* weights = weights_ + place;
     Fetcher<C> values_ahead = values_ahead_;
     i64 owed = 0;
-    for (i64 j = 0; j < num_keys; ++j, weights += Places) {
+    for (i64 j = 0; j < num_slots; j += kKeysAtOnce, weights += kKeysAtOnce * Places) {
       // All passes together fetch what they have read, evenly: memory is never idle, never flooded.
-      for (owed += num_fetched_; owed >= num_passes_; owed -= num_passes_) values_ahead.fetch_line();
-      const E* row = rows[j] + offset;
-      unrolled<kColumns / kWidth>([&](auto i) __attribute__((always_inline)) {
-        vu right[kWidth];
-        unrolled<kWidth>([&](auto c) __attribute__((always_inline)) {
-          const vu words = load_raw<vu>(row + (i * kWidth + c) / kPerWord * kPerVector, Whole{});
-          right[c] = kPerWord == 1 ? words : c == 0 ? words << 16 : words & 0xffff0000u;
-        });
-        unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
-          add_row<false>(total[i][r], weights + r, right);
+      owed += kKeysAtOnce * num_fetched_;
+      for (; owed >= num_passes_; owed -= num_passes_) values_ahead.fetch_line();
+      unrolled<kKeysAtOnce>([&](auto key) __attribute__((always_inline)) {
+        const C* row = rows[j + key] + offset;
+        unrolled<kColumns / kWidth>([&](auto i) __attribute__((always_inline)) {
+          vu right[kWidth];
+          unrolled<kWidth>([&](auto c) __attribute__((always_inline)) {
+            const vu words = load_vector(row + (i * kWidth + c) / kPerWord * kPerVector);
+            right[c] = kPerWord == 1 ? words : c == 0 ? words << 16 : words & 0xffff0000u;
+          });
+          unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
+            add_row<false>(total[i][r], weights + key * Places + r, right);
+          });
         });
       });
     }
@@ -460,8 +440,8 @@ class DirectRun {
   Running running_;
   alignas(64) float factors_[kLanes];
   CacheTile<C> tiles_[2];
-  HeadRows<E> head_keys_, head_values_;
-  ExpandedRows<E> keys_, values_;  // of int8
+  i64 offset_ = 0;                        // of the head
+  HeadScales key_scales_, value_scales_;  // of int8
 };
 
 template <class T, class C>
