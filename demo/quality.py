@@ -105,7 +105,7 @@ def main() -> int:
     caches = caches_for(config, settings, arguments.length)
     figure = bits_per_byte(decoder, caches, Windows(texts, arguments.length))
     names = {"dtype": settings.dtype, "kv_cache_dtype": dtype_name(caches[0].k.dtype)}
-    print(json.dumps({**names, "bits_per_byte": round(figure, 4)}))
+    print(json.dumps({**names, "bits_per_byte": round(figure, 5)}))
     return 0
 
 

@@ -6,6 +6,7 @@ What is expected is the reference computed in fp32 from the same inputs. Knows n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
         ("packed_linear", "qwen2-0.5b-down-32-rows"),
         ("packed_gate_up", "many-rows-of-many"),
         ("paged_attention", "chunked-prefill-with-decodes"),
+        ("paged_attention_int8", "chunked-prefill-with-decodes"),
     ),
 )
 @pytest.mark.parametrize("is_own_pool", (False, True))
@@ -113,6 +115,25 @@ def test_a_packed_rows_result_does_not_depend_on_the_others(
     for first, num_rows in ((0, 1), (149, 1), (5, 2), (40, 7), (100, 33)):
         some = slice(first, first + num_rows)
         assert torch.equal(linear(x[some], weight, bias, num_outputs), together[some])
+
+
+@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
+@pytest.mark.parametrize("op", ("paged_attention", "paged_attention_int8"))
+@pytest.mark.parametrize("level", native.levels())
+def test_a_sequences_attention_does_not_depend_on_the_others(
+    level: str, op: str, dtype: torch.dtype, best_level: None
+) -> None:
+    native.force_level(level)
+    attention = table.Implementation(op, "cpu").function()
+    case = cases_of(op)["chunked-prefill-with-decodes"]
+    q, *caches, tables, starts, contexts, scale, window = case.make(CPU, dtype)
+    assert isinstance(q, torch.Tensor) and isinstance(tables, torch.Tensor)
+    assert isinstance(starts, torch.Tensor) and isinstance(contexts, torch.Tensor)
+    together = attention(q, *caches, tables, starts, contexts, scale, window)
+    for r, (begin, end) in enumerate(pairwise(starts.tolist())):
+        own = tables[r : r + 1], starts[r : r + 2] - begin, contexts[r : r + 1]
+        alone = attention(q[begin:end], *caches, *own, scale, window)
+        assert torch.equal(alone, together[begin:end])
 
 
 @needs_native

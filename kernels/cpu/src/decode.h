@@ -407,7 +407,8 @@ class DirectRun {
       // All passes together fetch what they have read, evenly: memory is never idle, never flooded.
       owed += kKeysAtOnce * num_fetched_;
       for (; owed >= num_passes_; owed -= num_passes_) values_ahead.fetch_line();
-      unrolled<kKeysAtOnce>([&](auto key) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (i64 key = 0; key < kKeysAtOnce; ++key) {
         const C* row = rows[j + key] + offset;
         unrolled<kColumns / kWidth>([&](auto i) __attribute__((always_inline)) {
           vu right[kWidth];
@@ -419,7 +420,7 @@ class DirectRun {
             add_row<false>(total[i][r], weights + key * Places + r, right);
           });
         });
-      });
+      }
     }
     values_ahead_ = values_ahead;
     for_sums([](vf& sum, float* at, int) __attribute__((always_inline)) {
