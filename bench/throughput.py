@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="random weights repeat themselves "
         "more than texts do, so drafts flatter them (default: %(default)s)",
     )
+    add("--kv-cache-dtype", default="auto", choices=("auto", "int8"), help="(default: %(default)s)")
     add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
     add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
     return top
@@ -90,6 +91,7 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         max_num_seqs=arguments.num_seqs,
         max_batched_tokens=max(arguments.max_batched_tokens, arguments.num_seqs),
         kv_cache_bytes=size_bytes("--kv-cache-bytes", arguments.kv_cache_bytes),
+        kv_cache_dtype=arguments.kv_cache_dtype,
         num_threads=arguments.num_threads,
         prefix_cache=False,
         speculative=arguments.speculative,

@@ -16,6 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
+    """auto: that of the weights; int8: with a scale per token and head."""
     block_size: int = 16
     prefix_cache: bool = True
     speculative: str = "auto"

@@ -115,6 +115,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     block_size: int
     num_blocks: int
     kv_cache_bytes: int
+    kv_cache_dtype: str
     kernels: dict[str, str]
     """Operation -> implementation bound."""
     artefact: str = ""

@@ -22,8 +22,10 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu", "reference"),
     "add_rms_norm": ("cpu", "reference"),
     "rope_store_kv": ("cpu", "reference"),
+    "rope_store_kv_int8": ("cpu", "reference"),
     "silu_mul": ("cpu", "reference"),
     "paged_attention": ("cpu", "reference"),
+    "paged_attention_int8": ("cpu", "reference"),
     "linear": ("cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
     "packed_gate_up": ("cpu", "reference"),
@@ -39,8 +41,10 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rope_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rope_store_kv_int8: Callable[[*tuple[Tensor, ...]], None]
     silu_mul: Callable[[Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+    paged_attention_int8: Callable[..., Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     packed_linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     packed_gate_up: Callable[[Tensor, Tensor], Tensor]

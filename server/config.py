@@ -46,6 +46,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     prefix_cache: bool = True
     speculative: str = "auto"
@@ -69,6 +70,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
+            kv_cache_dtype=self.kv_cache_dtype,
             block_size=self.block_size,
             prefix_cache=self.prefix_cache,
             speculative=self.speculative,
@@ -135,8 +137,8 @@ OPTIONS = (
     Option(
         "dtype",
         "model",
-        "of weights and cache; auto is the checkpoint's own on CUDA, and "
-        "bfloat16 on a CPU that multiplies it, else float32",
+        "of weights, and of the cache unless --kv-cache-dtype says otherwise; auto is the "
+        "checkpoint's own on CUDA, and bfloat16 on a CPU that multiplies it, else float32",
         choices=("auto", "bfloat16", "float16", "float32"),
     ),
     Option(
@@ -183,6 +185,13 @@ OPTIONS = (
         "memory of the KV cache, as 512MiB or 4GiB; 0: chosen from what is free",
         "BYTES",
         is_size=True,
+    ),
+    Option(
+        "kv_cache_dtype",
+        "capacity",
+        "of keys and values; auto: that of the weights; int8, with a scale for each token's heads: "
+        "about twice as many tokens of bfloat16 in the same memory, results change a little",
+        choices=("auto", "int8"),
     ),
     Option(
         "block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024

@@ -140,6 +140,7 @@ class Inference(pb_grpc.InferenceServicer):
             info.num_parameters = facts.num_parameters
             info.weight_bytes = facts.weight_bytes
             info.dtype = facts.dtype
+            info.kv_cache_dtype = facts.kv_cache_dtype
             info.eos_token_ids.extend(facts.eos_token_ids)
         return info
 

@@ -63,6 +63,7 @@ class FakeEngine:
             block_size=block_size,
             num_blocks=num_blocks,
             kv_cache_bytes=num_blocks * block_size,
+            kv_cache_dtype="int8",
             kernels={"linear": "fake"},
         )
         self.max_num_seqs = max_num_seqs

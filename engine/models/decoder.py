@@ -37,10 +37,12 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """k, v: [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """k, v: [num_blocks, block_size, num_kv_heads, head_dim]; if they are int8 they have scales."""
 
     k: Tensor
     v: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+    """Each [num_blocks, block_size, num_kv_heads], fp32."""
 
 
 class Decoder:
@@ -91,19 +93,15 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q, layer.q_norm, self._config.norm_eps)
             k = kernels.rms_norm(k, layer.k_norm, self._config.norm_eps)
-        kernels.rope_store_kv(
-            q, k, v, self._cos_sin, batch.positions, cache.k, cache.v, batch.slot_mapping
-        )
-        out = kernels.paged_attention(
-            q,
-            cache.k,
-            cache.v,
-            batch.block_tables,
-            batch.query_start,
-            batch.context_lens,
-            self._scale,
-            self._config.sliding_windows[index],
-        )
+        window = self._config.sliding_windows[index]
+        rows, keys = (q, k, v, self._cos_sin, batch.positions), (cache.k, cache.v)
+        lists = batch.block_tables, batch.query_start, batch.context_lens
+        if cache.scales is None:
+            kernels.rope_store_kv(*rows, *keys, batch.slot_mapping)
+            out = kernels.paged_attention(q, *keys, *lists, self._scale, window)
+        else:
+            kernels.rope_store_kv_int8(*rows, *keys, *cache.scales, batch.slot_mapping)
+            out = kernels.paged_attention_int8(q, *keys, *cache.scales, *lists, self._scale, window)
         return self._linear(out, layer.o)
 
     # ---- by layout ---------------------------------------------------------------------------

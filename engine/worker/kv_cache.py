@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..config import EngineConfig
@@ -16,6 +17,9 @@ from .memory import available_bytes
 
 AUTO_FRACTION = 0.5
 """Of the memory left beside the weights: the rest is for activations and everybody else."""
+
+SCALE_DTYPE = torch.float32
+LARGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +36,16 @@ class KvPlan:
         return self.num_blocks * self.block_bytes
 
 
+def cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values, beside weights of `dtype`."""
+    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
+
+
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one block in every layer."""
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    return per_token * block_size
+    """Keys and values of one block in every layer, the scales of int8 included."""
+    scale_bytes = SCALE_DTYPE.itemsize if dtype is torch.int8 else 0
+    head_bytes = model.head_dim * dtype.itemsize + scale_bytes
+    return 2 * model.num_layers * model.num_kv_heads * head_bytes * block_size
 
 
 def plan_kv_cache(
@@ -44,7 +54,7 @@ def plan_kv_cache(
     """Sizes the cache: what was asked for, else what the machine has, never more than is of use.
 
     A context length that was asked for must fit, or NotEnoughMemory; one chosen here shrinks to
-    what fits.
+    what fits. `dtype` is the cache's.
     """
     one_block = block_bytes(model, config.block_size, dtype)
     wanted_len = config.max_model_len or model.max_position_embeddings
@@ -83,17 +93,32 @@ def allocate(
     plan: KvPlan, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> list[LayerCache]:
     """Zeroed caches, one pair per layer. Zeros, so that no cell ever holds a NaN of old memory."""
-    shape = (plan.num_blocks, plan.block_size, model.num_kv_heads, model.head_dim)
-    return [
-        LayerCache(*(_zeros(shape, device, dtype) for _ in range(2)))
-        for _ in range(model.num_layers)
-    ]
+    cells = (plan.num_blocks, plan.block_size, model.num_kv_heads)
+
+    def layer() -> LayerCache:
+        k, v = (_zeros((*cells, model.head_dim), device, dtype) for _ in range(2))
+        if dtype is not torch.int8:
+            return LayerCache(k, v)
+        k_scales, v_scales = (_zeros(cells, device, SCALE_DTYPE) for _ in range(2))
+        return LayerCache(k, v, (k_scales, v_scales))
+
+    return [layer() for _ in range(model.num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zeroed pages and gets them one by one, at their first use: torch
-    # would write gigabytes of zeros at every boot.
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    return torch.frombuffer(_zeroed(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def _zeroed(num_bytes: int) -> mmap.mmap:
+    """Pages that the system zeroes at their first use: torch would write gigabytes at every boot.
+
+    In large pages, since blocks are read here and there; but for the first: of each layer the first
+    token touches one, which must not cost the zeroing of 2 MiB.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if num_bytes > LARGE_PAGE_BYTES:
+        with suppress(OSError):  # a system without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE, LARGE_PAGE_BYTES)
+    return memory

@@ -22,7 +22,7 @@ from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
 from ..models.weights import ModelWeights, Preparer, assemble
 from ..speculation import MAX_STEP_ROWS
-from .kv_cache import KvPlan, allocate, plan_kv_cache
+from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
 from .runner import Runner
 
 CPU = torch.device("cpu")
@@ -46,11 +46,12 @@ def load_runner(
     report("bind_kernels", 0, 0, f"{device.type}, {target.dtype}")
     kernels = bind(device, dtype)
     report("allocate_kv", 0, 0, "")
-    plan = plan_kv_cache(config, model, device, dtype)
+    kv_dtype = cache_dtype(config, dtype)
+    plan = plan_kv_cache(config, model, device, kv_dtype)
     with torch.inference_mode():
         runner = Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),
-            allocate(plan, model, device, dtype),
+            allocate(plan, model, device, kv_dtype),
             context_len=plan.context_len,
             block_size=plan.block_size,
             max_num_seqs=config.max_num_seqs,
@@ -58,7 +59,7 @@ def load_runner(
             max_num_drafts=MAX_STEP_ROWS,
             device=device,
         )
-    return runner, replace(_facts(found, kernels, plan, device, dtype), weights=weights_facts)
+    return runner, replace(_facts(found, kernels, plan, kv_dtype), weights=weights_facts)
 
 
 def _weights(
@@ -103,23 +104,24 @@ def _set_threads(num_threads: int, device: torch.device) -> None:
 
 
 def _facts(
-    found: FoundWeights, kernels: Kernels, plan: KvPlan, device: torch.device, dtype: torch.dtype
+    found: FoundWeights, kernels: Kernels, plan: KvPlan, kv_dtype: torch.dtype
 ) -> ModelFacts:
-    model = found.model
+    model, target = found.model, found.target
     num_parameters = sum(math.prod(t.shape) for t in found.manifest.tensors.values())
     return ModelFacts(
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
         num_parameters=num_parameters,
-        weight_bytes=num_parameters * dtype.itemsize,
+        weight_bytes=num_parameters * DTYPES[target.dtype].itemsize,
         context_len=plan.context_len,
         eos_token_ids=list(model.eos_token_ids),
-        device=str(device),
-        dtype=dtype_name(dtype),
+        device=target.device,
+        dtype=target.dtype,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
         kv_cache_bytes=plan.num_bytes,
+        kv_cache_dtype=dtype_name(kv_dtype),
         kernels=kernels.choices,
         artefact=found.origin,
     )

@@ -15,6 +15,8 @@ from . import native
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """As `DType` in src/level.h."""
 
+CACHE_FORMAT = "4P8q"
+
 
 def supported(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in DTYPE_CODES and native.library() is not None
@@ -39,6 +41,29 @@ def is_cache(cache: torch.Tensor, head_dim: int, dtype: torch.dtype) -> bool:
     _, _, num_heads, size = cache.shape
     inner = (num_heads * size, size, 1)
     return size == head_dim and cache.stride()[1:] == inner and cache.dtype is dtype
+
+
+def has_scales(cache: torch.Tensor, scales: torch.Tensor) -> bool:
+    """Of a cache of int8: [blocks, block_size, heads], each block contiguous."""
+    inner = (scales.shape[2], 1)
+    return (
+        scales.shape == cache.shape[:3]
+        and scales.stride()[1:] == inner
+        and scales.dtype is torch.float32
+    )
+
+
+def cache_fields(
+    k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[int, ...]:
+    """PagedCache in src/level.h, as CACHE_FORMAT packs it."""
+    pointers = k.data_ptr(), v.data_ptr()
+    sizes = *k.shape, k.stride()[0], v.stride()[0]
+    if scales is None:
+        return *pointers, 0, 0, *sizes, 0, 0
+    k_scales, v_scales = scales
+    strides = k_scales.stride()[0], v_scales.stride()[0]
+    return *pointers, k_scales.data_ptr(), v_scales.data_ptr(), *sizes, *strides
 
 
 def is_panels(weight: torch.Tensor, num_outputs: int, num_inputs: int) -> bool:

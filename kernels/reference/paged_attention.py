@@ -5,7 +5,7 @@ Knows no model and no scheduler: a batch is any mixture of sequences with one or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -35,20 +35,36 @@ def paged_attention(
     p = context_lens[r] - (query_start[r + 1] - query_start[r]) + i and sees keys j <= p, and with a
     sliding_window w > 0 only j > p - w. Rows from query_start[R] on are padding: they come back 0.
     """
+
+    def read(row: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        table = block_tables[row]
+        return gathered(k_cache, table, span), gathered(v_cache, table, span)
+
+    return attention_over(q, read, query_start, context_lens, scale, sliding_window)
+
+
+def attention_over(
+    q: torch.Tensor,
+    read: Callable[[int, Span], tuple[torch.Tensor, torch.Tensor]],
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """paged_attention over whatever `read(r, span)` gives: keys and values [keys, Hk, D] as q's."""
     out = torch.zeros((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
     starts, lengths = query_start.tolist(), context_lens.tolist()
     for r, length in enumerate(lengths):
         begin, end = starts[r], starts[r + 1]
         if begin < end:
-            span = _Span(length - (end - begin), length, sliding_window)
-            k, v = (_gathered(cache, block_tables[r], span) for cache in (k_cache, v_cache))
-            heads = _attend(q[begin:end], k, v, span, scale)
+            span = Span(length - (end - begin), length, sliding_window)
+            heads = _attend(q[begin:end], *read(r, span), span, scale)
             out[begin:end] = heads.flatten(1)
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """Queries at positions [first_query, length) and the keys that any of them sees."""
 
     first_query: int
@@ -69,8 +85,8 @@ class _Span:
         return visible & (key > query - self.sliding_window) if self.sliding_window else visible
 
 
-def _gathered(cache: torch.Tensor, block_table: torch.Tensor, span: _Span) -> torch.Tensor:
-    """The visible keys (or values) of one sequence: [keys, Hk, D]."""
+def gathered(cache: torch.Tensor, block_table: torch.Tensor, span: Span) -> torch.Tensor:
+    """What the cache [num_blocks, block_size, ...] holds of the visible keys of one sequence."""
     block_size = cache.shape[1]
     first_block = span.first_key // block_size
     blocks = block_table[first_block : -(-span.length // block_size)]
@@ -80,7 +96,7 @@ def _gathered(cache: torch.Tensor, block_table: torch.Tensor, span: _Span) -> to
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: _Span, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scale: float
 ) -> torch.Tensor:
     """q: [queries, Hq, D]; k, v: [keys, Hk, D] -> [queries, Hq, D]."""
     q, k, v = (heads.transpose(0, 1).unsqueeze(0) for heads in (q, k, v))
@@ -102,6 +118,18 @@ def cost(
     sliding_window: int,
 ) -> Cost:
     """Keys and values once per sequence; two products per visible pair of query and key."""
+    key_bytes = 2 * num_bytes(k_cache[0, 0])
+    return attention_cost(q, key_bytes, query_start, context_lens, sliding_window)
+
+
+def attention_cost(
+    q: torch.Tensor,
+    key_bytes: int,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    sliding_window: int,
+) -> Cost:
+    """`key_bytes`: of a token's keys and values, of all heads."""
     starts, lengths = query_start.tolist(), context_lens.tolist()
     num_keys = num_pairs = 0
     for r, length in enumerate(lengths):
@@ -110,12 +138,11 @@ def cost(
         first = length - num_queries
         num_keys += min(length, window + num_queries - 1) if num_queries else 0
         num_pairs += sum(min(p + 1, window) for p in range(first, length))
-    kv_bytes = 2 * num_keys * num_bytes(k_cache[0, 0])
-    return Cost(2 * num_bytes(q) + kv_bytes, 4 * num_pairs * q.shape[1] * q.shape[2])
+    return Cost(2 * num_bytes(q) + num_keys * key_bytes, 4 * num_pairs * q.shape[1] * q.shape[2])
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class Batch:
     """`sequences` lists (queries, context) per sequence; one builder serves every case."""
 
     sequences: list[tuple[int, int]]
@@ -152,42 +179,42 @@ class _Batch:
         return heads[:, : self.num_heads]
 
 
-_QWEN2: dict[str, Any] = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
+QWEN2: dict[str, Any] = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 64, "is_strided": True}
 
-_LLAMA: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "is_strided": True}
+LLAMA: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "is_strided": True}
 
 
 def cases() -> Iterator[Case]:
     for num_rows in (1, 8, 32, 64):
-        decode = _Batch([(1, 500 + 3 * i) for i in range(num_rows)], **_QWEN2)
+        decode = Batch([(1, 500 + 3 * i) for i in range(num_rows)], **QWEN2)
         yield Case(f"qwen2-0.5b-decode-{num_rows}-rows-of-500", decode, is_timed=True)
     for length in (128, 512, 2048):
-        prefill = _Batch([(length, length)], **_QWEN2)
+        prefill = Batch([(length, length)], **QWEN2)
         yield Case(f"qwen2-0.5b-prefill-{length}", prefill, is_timed=True)
     long_contexts = [(1, 4096)] * 8
-    yield Case("qwen2-0.5b-decode-8-rows-of-4096", _Batch(long_contexts, **_QWEN2), is_timed=True)
-    yield Case("llama-1b-decode-8-rows-of-4096", _Batch(long_contexts, **_LLAMA), is_timed=True)
-    yield Case("one-token", _Batch([(1, 1)]))
-    yield Case("decode-across-blocks", _Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
-    yield Case("decode-long", _Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))
+    yield Case("qwen2-0.5b-decode-8-rows-of-4096", Batch(long_contexts, **QWEN2), is_timed=True)
+    yield Case("llama-1b-decode-8-rows-of-4096", Batch(long_contexts, **LLAMA), is_timed=True)
+    yield Case("one-token", Batch([(1, 1)]))
+    yield Case("decode-across-blocks", Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
+    yield Case("decode-long", Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))
     for group in (3, 7, 8, 9, 12, 16, 17):
         lengths = [(1, n) for n in (1, 64, 255, 257, 600)]
-        groups = _Batch(lengths, num_heads=2 * group, num_kv_heads=2, head_dim=64)
+        groups = Batch(lengths, num_heads=2 * group, num_kv_heads=2, head_dim=64)
         yield Case(f"decode-groups-of-{group}", groups)
-    yield Case("no-gqa", _Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
-    yield Case("one-key-head", _Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
+    yield Case("no-gqa", Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
+    yield Case("one-key-head", Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
     mixture = [(1, 70), (1, 5), (33, 33), (17, 90), (1, 200), (5, 5)]
-    yield Case("chunked-prefill-with-decodes", _Batch(mixture))
-    yield Case("padded-rows", _Batch(mixture, num_padded=7))
-    yield Case("only-padding", _Batch([], num_padded=3))
-    yield Case("sequence-without-queries", _Batch([(1, 20), (0, 0), (0, 30), (4, 9)]))
+    yield Case("chunked-prefill-with-decodes", Batch(mixture))
+    yield Case("padded-rows", Batch(mixture, num_padded=7))
+    yield Case("only-padding", Batch([], num_padded=3))
+    yield Case("sequence-without-queries", Batch([(1, 20), (0, 0), (0, 30), (4, 9)]))
     for window in (1, 7, 16, 64):
-        windowed = _Batch(mixture, sliding_window=window)
+        windowed = Batch(mixture, sliding_window=window)
         yield Case(f"sliding-window-{window}", windowed)
-    yield Case("long-sliding-window", _Batch([(1, 900), (130, 700)], sliding_window=300))
+    yield Case("long-sliding-window", Batch([(1, 900), (130, 700)], sliding_window=300))
     for head_dim in (4, 16, 24, 80, 96, 128, 256):
-        yield Case(f"head-of-{head_dim}", _Batch([(1, 70), (9, 40)], head_dim=head_dim))
+        yield Case(f"head-of-{head_dim}", Batch([(1, 70), (9, 40)], head_dim=head_dim))
     for block_size in (1, 5, 32, 128):
-        yield Case(f"blocks-of-{block_size}", _Batch([(1, 70), (40, 45)], block_size=block_size))
-    yield Case("sharp-softmax", _Batch([(1, 70), (40, 45)], query_scale=40.0))
-    yield Case("strided-queries", _Batch(mixture, is_strided=True))
+        yield Case(f"blocks-of-{block_size}", Batch([(1, 70), (40, 45)], block_size=block_size))
+    yield Case("sharp-softmax", Batch([(1, 70), (40, 45)], query_scale=40.0))
+    yield Case("strided-queries", Batch(mixture, is_strided=True))

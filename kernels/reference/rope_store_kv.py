@@ -36,12 +36,12 @@ def rope_store_kv(
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
     slots = slot_mapping[rows].long()
     where = (slots // block_size, slots % block_size)
-    k_cache.index_put_(where, _rotated(k, cos, sin)[rows])
+    k_cache.index_put_(where, rotated(k, cos, sin)[rows])
     v_cache.index_put_(where, v[rows])
-    q.copy_(_rotated(q, cos, sin))
+    q.copy_(rotated(q, cos, sin))
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -63,15 +63,15 @@ def cost(
 
 def cases() -> Iterator[Case]:
     for num_rows in (1, 8, 32, 64):
-        build = _qkv_view(num_rows, 14, 2, 64)
+        build = qkv_view(num_rows, 14, 2, 64)
         yield Case(f"qwen2-0.5b-{num_rows}-rows", build, is_timed=True)
     yield Case("separate-tensors", _separate)
-    yield Case("one-head-odd-half", _qkv_view(5, 1, 1, 6))
-    yield Case("no-gqa", _qkv_view(7, 4, 4, 32))
-    yield Case("head-of-80", _qkv_view(3, 4, 2, 80))
-    yield Case("no-rows", _qkv_view(0, 4, 2, 16))
-    yield Case("all-padded", _qkv_view(4, 4, 2, 16, num_padded=4))
-    yield Case("some-padded", _qkv_view(9, 4, 2, 16, num_padded=3))
+    yield Case("one-head-odd-half", qkv_view(5, 1, 1, 6))
+    yield Case("no-gqa", qkv_view(7, 4, 4, 32))
+    yield Case("head-of-80", qkv_view(3, 4, 2, 80))
+    yield Case("no-rows", qkv_view(0, 4, 2, 16))
+    yield Case("all-padded", qkv_view(4, 4, 2, 16, num_padded=4))
+    yield Case("some-padded", qkv_view(9, 4, 2, 16, num_padded=3))
     yield Case("one-layer-of-a-strided-cache", _strided_cache)
 
 
@@ -93,7 +93,7 @@ def _rest(
     return _table(inputs, head_dim), positions, *caches, slots
 
 
-def _qkv_view(
+def qkv_view(
     num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, num_padded: int = 0
 ) -> Builder:
     def build(inputs: Inputs) -> tuple[object, ...]:
@@ -111,6 +111,6 @@ def _separate(inputs: Inputs) -> tuple[object, ...]:
 
 
 def _strided_cache(inputs: Inputs) -> tuple[object, ...]:
-    q, k, v, table, positions, _, _, slots = _qkv_view(6, 4, 2, 32)(inputs)
+    q, k, v, table, positions, _, _, slots = qkv_view(6, 4, 2, 32)(inputs)
     cache = inputs.normal(3, 2, 16, 2, 32)
     return q, k, v, table, positions, cache[:, 0], cache[:, 1], slots

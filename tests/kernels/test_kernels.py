@@ -6,6 +6,7 @@ What is expected is the reference computed in fp32 from the same inputs. Knows n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
         ("packed_linear", "qwen2-0.5b-down-32-rows"),
         ("packed_gate_up", "many-rows-of-many"),
         ("paged_attention", "chunked-prefill-with-decodes"),
+        ("paged_attention_int8", "chunked-prefill-with-decodes"),
     ),
 )
 def test_results_do_not_depend_on_threads(op: str, case: str) -> None:
@@ -112,6 +114,25 @@ def test_a_packed_rows_result_does_not_depend_on_the_others(
         assert torch.equal(linear(x[some], weight, bias, num_outputs), together[some])
 
 
+@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
+@pytest.mark.parametrize("op", ("paged_attention", "paged_attention_int8"))
+@pytest.mark.parametrize("level", native.levels())
+def test_a_sequences_attention_does_not_depend_on_the_others(
+    level: str, op: str, dtype: torch.dtype, best_level: None
+) -> None:
+    native.force_level(level)
+    attention = table.Implementation(op, "cpu").function()
+    case = cases_of(op)["chunked-prefill-with-decodes"]
+    q, *caches, tables, starts, contexts, scale, window = case.make(CPU, dtype)
+    assert isinstance(q, torch.Tensor) and isinstance(tables, torch.Tensor)
+    assert isinstance(starts, torch.Tensor) and isinstance(contexts, torch.Tensor)
+    together = attention(q, *caches, tables, starts, contexts, scale, window)
+    for r, (begin, end) in enumerate(pairwise(starts.tolist())):
+        own = tables[r : r + 1], starts[r : r + 2] - begin, contexts[r : r + 1]
+        alone = attention(q[begin:end], *caches, *own, scale, window)
+        assert torch.equal(alone, together[begin:end])
+
+
 @needs_native
 def test_indices_outside_their_tables_are_an_error() -> None:
     op = table.Implementation("rope_store_kv", "cpu")
@@ -132,6 +153,21 @@ def test_blocks_outside_the_cache_are_an_error() -> None:
     tables[0, 0] = 99
     with pytest.raises(IndexError, match="block"):
         op.function()(q, keys, values, tables, *lists)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("name", ("cpu", "reference"))
+def test_a_head_that_is_not_finite_shows_in_its_scale(name: str, value: float) -> None:
+    if name == "cpu" and native.library() is None:
+        pytest.skip("no native library")
+    function = table.Implementation("rope_store_kv_int8", name).function()
+    q, k, v, *others = cases_of("rope_store_kv_int8")["no-gqa"].make(CPU, torch.float32)
+    assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    k[0, 1, 2] = v[0, 2, 3] = value
+    function(q, k, v, *others)
+    *_, k_scales, v_scales, slots = others
+    assert k_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, True, False, False]
+    assert v_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, False, True, False]
 
 
 @needs_native

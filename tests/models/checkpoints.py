@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pilotlight.bench.make_model import SHAPES
@@ -29,7 +30,7 @@ def fp32_engine(folder: Path, **overrides: int | str) -> EngineCore:
 
 def cpu_engine(folder: Path, **overrides: int | str) -> EngineCore:
     """The real engine on the CPU, with steps so small that prompts come in chunks."""
-    settings = {
+    settings: dict[str, Any] = {
         "kv_cache_bytes": 8 << 20,
         "max_num_seqs": 4,
         "max_batched_tokens": 16,

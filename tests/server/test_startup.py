@@ -163,6 +163,7 @@ async def test_a_ready_server_tells_what_runs() -> None:
         num_parameters=facts.num_parameters,
         weight_bytes=facts.weight_bytes,
         dtype=facts.dtype,
+        kv_cache_dtype=facts.kv_cache_dtype,
         eos_token_ids=[2],
         has_chat_template=True,
     )

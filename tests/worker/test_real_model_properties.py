@@ -21,8 +21,10 @@ CONTEXT_LEN = 56
 MAX_PROMPT_LEN = 24
 MAX_TOKENS = 30
 BLOCK_SIZE = 4
-CACHE_BYTES = 40 << 10
-"""20 blocks of 2 KiB: one longest sequence and a third."""
+NUM_BLOCKS = 20
+"""One longest sequence and a third."""
+BLOCK_BYTES = {"auto": 2048, "int8": 640}
+"""Of the model below: 128 elements a token and layer in 2 layers; int8 with 8 scales."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,20 @@ class Trace:
     )
 
 
-@pytest.fixture(scope="module", params=["off", "ngram"])
+@pytest.fixture(
+    scope="module", params=[("auto", "off"), ("auto", "ngram"), ("int8", "ngram")], ids="-".join
+)
 def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> EngineCore:
+    kv_cache_dtype, speculative = request.param
     folder = write_model("tiny-mistral", tmp_path_factory.mktemp("model"))
     return fp32_engine(
         folder,
-        kv_cache_bytes=CACHE_BYTES,
+        kv_cache_bytes=NUM_BLOCKS * BLOCK_BYTES[kv_cache_dtype],
+        kv_cache_dtype=kv_cache_dtype,
         block_size=BLOCK_SIZE,
         max_batched_tokens=7,
         max_model_len=CONTEXT_LEN,
-        speculative=request.param,
+        speculative=speculative,
     )
 
 

@@ -1,14 +1,26 @@
 // Causal grouped-query attention over a paged cache, with an online softmax.
 // Included by each level_*.cpp after decode.h; see there. Source: arXiv:2205.14135 (tiling).
 
-template <class T>
+// What the products of several queries read: int8 expanded to what this level multiplies.
+template <class T, class C>
+using Expanded =
+    std::conditional_t<!kIsQuantised<C>, T, std::conditional_t<Words<T>::kPairs, bf16, float>>;
+
+template <class To>
+inline void expand(const std::int8_t* from, To* to, i64 size) {
+  for_lanes(size, [&](i64 i, auto extent) { store(to + i, load(from + i, extent), extent); });
+}
+
+template <class T, class C>
 class ItemRun {
  public:
-  using W = Words<T>;
+  using E = Expanded<T, C>;
+  using W = Words<E>;
 
   static i64 num_scratch_words(const Geometry& g) {
     return kTileRows * g.head_dim + g.head_dim * kTileKeys + kTileKeys * g.padded_dim +
-           2 * kTileRows * kTileKeys + g.partial_size();
+           2 * kTileRows * kTileKeys + g.partial_size() +
+           (kIsQuantised<C> ? 2 * kTileKeys * g.head_dim : 0);
   }
 
   ItemRun(const AttentionArgs& a, const Item& item, std::uint32_t* memory, float* partials)
@@ -20,6 +32,8 @@ class ItemRun {
     scores_ = {reinterpret_cast<float*>(memory += kTileKeys * g_.padded_dim), kTileKeys};
     weights_ = {memory += kTileRows * kTileKeys, kTileKeys / W::kElements};
     memory += kTileRows * kTileKeys;
+    expanded_ = reinterpret_cast<E*>(memory);
+    if (kIsQuantised<C>) memory += 2 * kTileKeys * dim;
     running_ = running_at(item.partial < 0 ? reinterpret_cast<float*>(memory)
                                            : partials + item.partial);
   }
@@ -53,22 +67,32 @@ class ItemRun {
     std::memset(running_.rows, 0, item_.num_rows * g_.padded_dim * sizeof(float));
   }
 
-  // Cache rows of keys [key, key + kTileKeys); null outside the item's range.
+  // Rows of keys [key, key + kTileKeys); null outside the item's range.
   void find_rows(i64 key) {
-    const PagedCache& cache = a_.cache;
-    const i32* table = a_.block_tables + item_.sequence * a_.table_stride;
     for (i64 j = 0; j < kTileKeys; ++j) {
       const i64 token = key + j;
-      if (token < item_.first_key || token >= item_.end_key) {
-        key_rows_[j] = value_rows_[j] = nullptr;
-        continue;
-      }
-      const i64 block = table[token / cache.block_size];
-      const i64 offset =
-          (token % cache.block_size * cache.num_heads + item_.kv_head) * cache.head_dim;
-      key_rows_[j] = static_cast<const T*>(cache.keys) + block * cache.key_block_stride + offset;
-      value_rows_[j] =
-          static_cast<const T*>(cache.values) + block * cache.value_block_stride + offset;
+      const bool is_in = token >= item_.first_key && token < item_.end_key;
+      key_rows_[j] = value_rows_[j] = nullptr;
+      key_scales_[j] = value_scales_[j] = 0;
+      if (is_in) find_row(j, Cell(a_, item_.sequence, token));
+    }
+  }
+
+  void find_row(i64 j, const Cell& cell) {
+    const i64 head = item_.kv_head, dim = g_.head_dim;
+    const C* key = cell.key<C>(a_.cache) + head * dim;
+    const C* value = cell.value<C>(a_.cache) + head * dim;
+    if constexpr (kIsQuantised<C>) {
+      E *key_row = expanded_ + 2 * j * dim, *value_row = key_row + dim;
+      expand(key, key_row, dim);
+      expand(value, value_row, dim);
+      key_rows_[j] = key_row;
+      value_rows_[j] = value_row;
+      key_scales_[j] = cell.key_scale(a_.cache)[head];
+      value_scales_[j] = cell.value_scale(a_.cache)[head];
+    } else {
+      key_rows_[j] = key;
+      value_rows_[j] = value;
     }
   }
 
@@ -106,10 +130,17 @@ class ItemRun {
     const i64 query = (item_.first_row + r) / g_.group;
     const Visible visible = s_.keys_of(query, a_.sliding_window);
     float* scores = scores_.values + r * kTileKeys;
+    if constexpr (kIsQuantised<C>) scale(scores);
     mask(scores, visible.begin - key, visible.end - key);
     vf most = splat(-kInfinity);
     for (i64 j = 0; j < kTileKeys; j += kLanes) most = maximum(most, load(scores + j, Whole{}));
     return most;
+  }
+
+  void scale(float* scores) {
+    for (i64 j = 0; j < kTileKeys; j += kLanes) {
+      store(scores + j, load(scores + j, Whole{}) * load(key_scales_ + j, Whole{}), Whole{});
+    }
   }
 
   void mask(float* scores, i64 begin, i64 end) {
@@ -134,7 +165,8 @@ class ItemRun {
     for (i64 j = 0; j < kTileKeys; j += kLanes) {
       const vf weight = exp2_negative(load(scores + j, Whole{}) * factor - splat(shift));
       total += weight;
-      store(weights + j, weight, Whole{});
+      const vf of_value = load(value_scales_ + j, Whole{});
+      store(weights + j, kIsQuantised<C> ? weight * of_value : weight, Whole{});
     }
     return total;
   }
@@ -151,12 +183,12 @@ class ItemRun {
   template <class Extent>
   vu value_words(i64 step, i64 d, Extent extent) {
     if constexpr (W::kPairs) {
-      const T *even = value_rows_[2 * step], *odd = value_rows_[2 * step + 1];
+      const E *even = value_rows_[2 * step], *odd = value_rows_[2 * step + 1];
       const vh low = even ? load_raw<vh>(even + d, extent) : vh{};
       const vh high = odd ? load_raw<vh>(odd + d, extent) : vh{};
       return __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16);
     } else {
-      const T* row = value_rows_[step];
+      const E* row = value_rows_[step];
       return row ? (vu)load(row + d, extent) : vu{};
     }
   }
@@ -168,8 +200,10 @@ class ItemRun {
   Matrix queries_, keys_, values_, weights_;
   Sums scores_;
   Running running_;
-  const T* key_rows_[kTileKeys];
-  const T* value_rows_[kTileKeys];
+  const E* key_rows_[kTileKeys];
+  const E* value_rows_[kTileKeys];
+  E* expanded_;  // of int8: a tile's rows, keys and values in turn
+  float key_scales_[kTileKeys], value_scales_[kTileKeys];
 };
 
 template <class T>
@@ -188,7 +222,7 @@ void write_rows(const AttentionArgs& a, const Item& item, const Running& running
   }
 }
 
-template <class T>
+template <class T, class C>
 void merge_parts(const AttentionArgs& a, const Item& item, float* partials) {
   const Geometry g(a);
   const bool is_direct = item.kv_head == kAllHeads;
@@ -200,28 +234,28 @@ void merge_parts(const AttentionArgs& a, const Item& item, float* partials) {
   const Running first = running_of(0);
   const i64 num_rows = is_direct ? a.num_heads : item.num_rows;
   for (i64 part = 1; part < item.num_parts; ++part) merge(g, num_rows, first, running_of(part));
-  is_direct ? write_direct<T>(a, item, first) : write_rows<T>(a, item, first);
+  is_direct ? write_direct<T, C>(a, item, first) : write_rows<T>(a, item, first);
 }
 
-template <class T>
+template <class T, class C>
 void run_item(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
               float* partials) {
   if (item.kv_head == kAllHeads) {
-    DirectRun<T> run(a, item, next, memory, partials);
+    DirectRun<T, C> run(a, item, next, memory, partials);
     run.run();
-    if (item.partial < 0) write_direct<T>(a, item, run.running());
+    if (item.partial < 0) write_direct<T, C>(a, item, run.running());
   } else {
-    ItemRun<T> run(a, item, memory, partials);
+    ItemRun<T, C> run(a, item, memory, partials);
     run.run();
     if (item.partial < 0) write_rows<T>(a, item, run.running());
   }
 }
 
-template <class T>
+template <class T, class C>
 bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* partials) {
   const Geometry g(a);
-  const i64 tile = ItemRun<T>::num_scratch_words(g);
-  const i64 direct = DirectRun<T>::num_scratch_words(g, a.num_heads);
+  const i64 tile = ItemRun<T, C>::num_scratch_words(g);
+  const i64 direct = DirectRun<T, C>::num_scratch_words(g, a.num_heads);
   bool has_memory = true;
   auto body = [&](i64 index) {
     const i64 last = num_items - 1, after = index + num_threads();
@@ -229,15 +263,15 @@ bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* 
     const Item* next = after <= last ? &items[last - after] : nullptr;
     auto* memory = static_cast<std::uint32_t*>(scratch(4 * (tile > direct ? tile : direct)));
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
-    run_item<T>(a, item, next, memory, partials);
+    run_item<T, C>(a, item, next, memory, partials);
   };
   parallel(num_items, 1, body);
   return has_memory;
 }
 
-template <class T>
+template <class T, class C>
 bool paged_attention(const AttentionArgs& a) {
-  const bool has_direct = DirectRun<T>::can_take(a);
+  const bool has_direct = DirectRun<T, C>::can_take(a);
   i64 num_items = 0;
   const i64 partials_size = for_items(a, has_direct, [&](const Item&) { ++num_items; });
   Buffer items_memory(num_items * sizeof(Item));
@@ -247,9 +281,9 @@ bool paged_attention(const AttentionArgs& a) {
   float* partials = partials_memory.as<float>();
   i64 next = 0;
   for_items(a, has_direct, [&](const Item& item) { items[next++] = item; });
-  if (!run_items<T>(a, items, num_items, partials)) return false;
+  if (!run_items<T, C>(a, items, num_items, partials)) return false;
   auto body = [&](i64 index) {
-    if (items[index].num_parts > 1) merge_parts<T>(a, items[index], partials);
+    if (items[index].num_parts > 1) merge_parts<T, C>(a, items[index], partials);
   };
   if (partials_size > 0) parallel(num_items, 16, body);
   const i64 row_size = a.num_heads * a.cache.head_dim;

@@ -31,6 +31,36 @@ struct Geometry {
   i64 partial_size() const { return kTileRows * (2 + padded_dim); }
 };
 
+// T: of the queries; C: of the cache. An int8 becomes, exactly, a number that the queries are
+// multiplied with, and its scale is a factor of scores and weights.
+template <class C>
+constexpr bool kIsQuantised = std::is_same<C, std::int8_t>::value;
+
+// The place of a key: its row of the first head, and that of its scales.
+struct Cell {
+  i64 block, row;
+
+  Cell(const AttentionArgs& a, i64 sequence, i64 key)
+      : block(a.block_tables[sequence * a.table_stride + key / a.cache.block_size]),
+        row(key % a.cache.block_size * a.cache.num_heads) {}
+
+  template <class C>
+  const C* key(const PagedCache& cache) const {
+    return static_cast<const C*>(cache.keys) + block * cache.key_block_stride + row * cache.head_dim;
+  }
+  template <class C>
+  const C* value(const PagedCache& cache) const {
+    return static_cast<const C*>(cache.values) + block * cache.value_block_stride +
+           row * cache.head_dim;
+  }
+  const float* key_scale(const PagedCache& cache) const {
+    return cache.key_scales + block * cache.key_scale_stride + row;
+  }
+  const float* value_scale(const PagedCache& cache) const {
+    return cache.value_scales + block * cache.value_scale_stride + row;
+  }
+};
+
 struct Visible {
   i64 begin, end;
 };

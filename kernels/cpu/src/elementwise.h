@@ -62,8 +62,8 @@ bool silu_mul(const SiluMulArgs& a) {
   return true;
 }
 
-template <class T>
-inline void rotate(const T* from, T* to, const float* cos_sin, i64 head_dim) {
+template <class From, class To>
+inline void rotate(const From* from, To* to, const float* cos_sin, i64 head_dim) {
   const i64 half = head_dim / 2;
   for_lanes(half, [&](i64 i, auto extent) {
     const vf cos = load(cos_sin + i, extent), sin = load(cos_sin + half + i, extent);
@@ -73,27 +73,59 @@ inline void rotate(const T* from, T* to, const float* cos_sin, i64 head_dim) {
   });
 }
 
-template <class T>
-inline void store_row(const RopeStoreArgs& a, i64 row, const float* cos_sin) {
-  const PagedCache& cache = a.cache;
-  const i64 slot = a.slots[row], dim = cache.head_dim, size = cache.num_heads * dim;
-  const i64 block = slot / cache.block_size, offset = slot % cache.block_size * size;
-  const T* k = static_cast<const T*>(a.k) + row * a.k_stride;
-  T* keys = static_cast<T*>(cache.keys) + block * cache.key_block_stride + offset;
-  for (i64 h = 0; h < cache.num_heads; ++h) rotate(k + h * dim, keys + h * dim, cos_sin, dim);
-  T* values = static_cast<T*>(cache.values) + block * cache.value_block_stride + offset;
-  std::memcpy(values, static_cast<const T*>(a.v) + row * a.v_stride, size * sizeof(T));
+// Writes from / scale, rounded, and returns the scale: the largest magnitude becomes 127. What is not
+// finite makes the scale NaN, so that it shows.
+template <class From>
+inline float quantise(const From* from, std::int8_t* to, i64 size) {
+  vf most = {}, zeros = {};
+  for_lanes(size, [&](i64 i, auto extent) {
+    const vf v = load(from + i, extent);
+    most = maximum(most, maximum(v, -v));
+    zeros += v * 0.0f;
+  });
+  const float highest = maximum(most), factor = highest > 0 ? 127.0f / highest : 0;
+  for_lanes(size, [&](i64 i, auto extent) {
+    store(to + i, load(from + i, extent) * factor, extent);
+  });
+  return highest / 127.0f + sum(zeros);
 }
 
-template <class T>
+// T: of the rows; C: of the cache; `rotated`: room for a head where that is another.
+template <class T, class C>
+inline void store_row(const RopeStoreArgs& a, i64 row, const float* cos_sin, float* rotated) {
+  const PagedCache& cache = a.cache;
+  const i64 slot = a.slots[row], dim = cache.head_dim;
+  const i64 block = slot / cache.block_size, first = slot % cache.block_size * cache.num_heads;
+  const T* k = static_cast<const T*>(a.k) + row * a.k_stride;
+  const T* v = static_cast<const T*>(a.v) + row * a.v_stride;
+  C* keys = static_cast<C*>(cache.keys) + block * cache.key_block_stride + first * dim;
+  C* values = static_cast<C*>(cache.values) + block * cache.value_block_stride + first * dim;
+  if constexpr (std::is_same<C, T>::value) {
+    for (i64 h = 0; h < cache.num_heads; ++h) rotate(k + h * dim, keys + h * dim, cos_sin, dim);
+    std::memcpy(values, v, cache.num_heads * dim * sizeof(T));
+  } else {
+    float* key_scales = cache.key_scales + block * cache.key_scale_stride + first;
+    float* value_scales = cache.value_scales + block * cache.value_scale_stride + first;
+    for (i64 h = 0; h < cache.num_heads; ++h) {
+      rotate(k + h * dim, rotated, cos_sin, dim);
+      key_scales[h] = quantise(rotated, keys + h * dim, dim);
+      value_scales[h] = quantise(v + h * dim, values + h * dim, dim);
+    }
+  }
+}
+
+template <class T, class C>
 bool rope_store_kv(const RopeStoreArgs& a) {
   const i64 dim = a.cache.head_dim;
+  bool has_memory = true;
   auto body = [&](i64 row) {
     const float* cos_sin = a.cos_sin + a.positions[row] * dim;
+    auto* rotated = static_cast<float*>(scratch(dim * sizeof(float)));
+    if (!rotated) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     T* q = static_cast<T*>(a.q) + row * a.q_stride;
     for (i64 h = 0; h < a.num_heads; ++h) rotate(q + h * dim, q + h * dim, cos_sin, dim);
-    if (a.slots[row] >= 0) store_row<T>(a, row, cos_sin);
+    if (a.slots[row] >= 0) store_row<T, C>(a, row, cos_sin, rotated);
   };
   parallel(a.num_rows, grain_for((a.num_heads + 2 * a.cache.num_heads) * dim), body);
-  return true;
+  return has_memory;
 }

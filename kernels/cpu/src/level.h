@@ -28,11 +28,15 @@ struct SiluMulArgs {
   i64 num_rows, size, row_stride;
 };
 
+// Keys and values of the rows' dtype; or int8, each head of a token with a scale that multiplies it.
 struct PagedCache {
   void* keys;            // [num_blocks, block_size, num_heads, head_dim], contiguous inside a block
   void* values;
+  float* key_scales;     // null, or [num_blocks, block_size, num_heads], contiguous inside a block
+  float* value_scales;
   i64 num_blocks, block_size, num_heads, head_dim;
   i64 key_block_stride, value_block_stride;
+  i64 key_scale_stride, value_scale_stride;  // from block to block
 };
 
 struct RopeStoreArgs {
@@ -103,7 +107,9 @@ struct Level {
   bool (*rms_norm)(DType, const RmsNormArgs&);
   bool (*silu_mul)(DType, const SiluMulArgs&);
   bool (*rope_store_kv)(DType, const RopeStoreArgs&);
+  bool (*rope_store_kv_int8)(DType, const RopeStoreArgs&);
   bool (*paged_attention)(DType, const AttentionArgs&);
+  bool (*paged_attention_int8)(DType, const AttentionArgs&);
   bool (*linear)(DType, const LinearArgs&);
   bool (*packed_linear)(DType, const PackedLinearArgs&);
   bool (*packed_gate_up)(DType, const PackedLinearArgs&);

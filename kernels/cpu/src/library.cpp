@@ -191,9 +191,19 @@ PILOTLIGHT_API int pilotlight_rope_store_kv(DType dtype, const RopeStoreArgs* a)
   return status(level().rope_store_kv(dtype, *a));
 }
 
+PILOTLIGHT_API int pilotlight_rope_store_kv_int8(DType dtype, const RopeStoreArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().rope_store_kv_int8(dtype, *a));
+}
+
 PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* a) {
   if (!has_good_indices(*a)) return kBadIndex;
   return status(level().paged_attention(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_paged_attention_int8(DType dtype, const AttentionArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().paged_attention_int8(dtype, *a));
 }
 
 PILOTLIGHT_API int pilotlight_linear(DType dtype, const LinearArgs* a) {

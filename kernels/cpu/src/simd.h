@@ -1,4 +1,4 @@
-// Vectors of 32-bit lanes and of the two storage types. Knows no operation.
+// Vectors of 32-bit lanes and of the storage types. Knows no operation.
 //
 // Included once by each level_*.cpp, inside that level's namespace and compiled with that level's
 // flags, so that nothing here may have external linkage: a function shared with another level could
@@ -11,6 +11,7 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef std::int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef std::uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef std::uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef std::int8_t vb __attribute__((vector_size(LANES)));
 
 struct bf16 {
   std::uint16_t bits;
@@ -93,11 +94,32 @@ inline vf load(const float* from, Extent extent) { return load_raw<vf>(from, ext
 template <class Extent>
 inline vf load(const bf16* from, Extent extent) { return widen(load_raw<vh>(from, extent)); }
 
+inline vf widen(vb b) {
+#if LANES == 16 && defined(__AVX512F__)  // GCC takes the other way apart
+  const vi wide = (vi)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)b);
+#elif LANES == 8 && defined(__AVX2__)
+  const vi wide = (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)b));
+#else
+  const vi wide = __builtin_convertvector(b, vi);
+#endif
+  return __builtin_convertvector(wide, vf);
+}
+
+template <class Extent>
+inline vf load(const std::int8_t* from, Extent extent) { return widen(load_raw<vb>(from, extent)); }
+
 template <class Extent>
 inline void store(float* to, vf v, Extent extent) { store_raw(to, v, extent); }
 
 template <class Extent>
 inline void store(bf16* to, vf v, Extent extent) { store_raw(to, narrow(v), extent); }
+
+// Rounds to nearest even; |v| <= 127.
+template <class Extent>
+inline void store(std::int8_t* to, vf v, Extent extent) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  store_raw(to, __builtin_convertvector((vi)(v + magic) - (vi)magic, vb), extent);
+}
 
 // The value that a store and a load would give back.
 inline vf rounded_to(vf v, const float*) { return v; }
