@@ -77,8 +77,8 @@ def test_an_error_in_a_recorded_call_is_raised() -> None:
 
 
 LEAN = """
-from pilotlight.engine.lean_torch import import_torch
-import_torch()
+from pilotlight.engine.lean_torch import import_lean
+import_lean()
 import sys
 import torch
 from pilotlight.kernels.cpu.recording import MemoryPool, record
