@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     from .server.start import early_engine
 
     words = sys.argv[1:] if argv is None else argv
-    spawned = early_engine(words)
+    # Only for the command line of this very process: a caller from Python may do without.
+    spawned = early_engine(words) if argv is None else None
     try:
         return _run(words, spawned)
     finally:

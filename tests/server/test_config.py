@@ -57,7 +57,7 @@ def from_flags(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServeConfig]:
     """The configuration that `pilotlight serve` would run with."""
     configs: list[ServeConfig] = []
 
-    def note(config: ServeConfig) -> int:
+    def note(config: ServeConfig, spawned: object) -> int:
         configs.append(config)
         return 0
 
