@@ -152,9 +152,12 @@ class Lifecycle:
         await self.publish_readiness()
         self._log(status)
 
-    async def text_loaded(self) -> None:
-        """Where the engine was ready first, the server is ready only now."""
-        self._text_s = self.elapsed_s
+    async def text_loaded(self, at_s: float) -> None:
+        """Text was read at `at_s`, time.monotonic(): where the engine was first, READY is then.
+
+        Not the moment of this call: an order waits for the engine before it takes the text.
+        """
+        self._text_s = at_s - self._started_s
         await self.settle()
 
     def _log(self, status: EngineStatus) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,12 +51,13 @@ class ModelHost:
         if self._config.standby:
             return
         try:
-            self._text.take(await _read(self._config))
+            files, read_s = await _read(self._config)
+            self._text.take(files)
         except SetupError as error:
             self._engine.fail_setup(str(error))
             return
         self._is_busy = False
-        await self._lifecycle.text_loaded()
+        await self._lifecycle.text_loaded(read_s)
 
     # ---- orders ------------------------------------------------------------------------------
 
@@ -107,12 +109,13 @@ class ModelHost:
         reading.add_done_callback(_note_read)
         try:
             await self._engine.load(config.engine())
-            self._text.take(await reading)
+            files, read_s = await reading
+            self._text.take(files)
         except PilotlightError:
             await self._rest_again()
             self._text.expect("")
             raise
-        await self._lifecycle.text_loaded()
+        await self._lifecycle.text_loaded(read_s)
 
     async def _rest_again(self) -> None:
         """After half a load: the engine may have its half, or be on its way to standby."""
@@ -124,8 +127,10 @@ class ModelHost:
                 return
 
 
-async def _read(config: ServeConfig) -> TextFiles:
-    return await asyncio.to_thread(read_text, Path(config.model))
+async def _read(config: ServeConfig) -> tuple[TextFiles, float]:
+    """The text, and when it was there: time.monotonic()."""
+    files = await asyncio.to_thread(read_text, Path(config.model))
+    return files, time.monotonic()
 
 
 def _note_read(task: asyncio.Task[Any]) -> None:

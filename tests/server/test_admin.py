@@ -156,6 +156,20 @@ async def test_watch_startup_waits_on_standby_and_sees_the_load() -> None:
 # ---- loading -----------------------------------------------------------------------------------
 
 
+def _reads_text() -> bool:
+    return any(task.get_coro().__qualname__ == "_read" for task in asyncio.all_tasks())
+
+
+async def test_text_that_was_there_before_the_engine_adds_nothing_to_the_load() -> None:
+    async with operated() as o:
+        o.engine.boots = False
+        load = await _begun(o, o.admin.LoadModel(LOAD))
+        await o.served.until(lambda: not _reads_text())
+        o.engine.link.become_ready()
+        response = await load
+        assert sum(p.duration_s for p in response.phases) == pytest.approx(response.ready_s, 1e-9)
+
+
 async def test_a_load_makes_a_server_that_serves() -> None:
     async with operated() as o:
         response = await o.admin.LoadModel(LOAD)
