@@ -1,6 +1,7 @@
 """Imports torch without the packages that only training, tracing and compiling need.
 
-That is half of the import's time, and the import is most of a boot. Knows names of torch's own
+That is a third of the import's time (`bench startup` measures both), and the import is most of a
+boot. Knows names of torch's own
 packages and nothing else of it. Only for versions that were tried: any other is imported whole.
 """
 
