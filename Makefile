@@ -55,6 +55,7 @@ install:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(WHAT)' \
 		> $(VENV)/install.log 2>&1 || (cat $(VENV)/install.log; exit 1)
 	@$(BIN)/python -c 'import pilotlight, torch'
+	@$(BIN)/python -m compileall -q -x '$(VENV)|build/' .
 	@mkdir -p $(VENV)/source && ln -sfn ../.. $(VENV)/source/pilotlight
 	@touch $(STAMP)
 

@@ -1,8 +1,13 @@
-"""Imports torch without the packages that only training, tracing and compiling need.
+"""Imports of torch what computes on a CPU, and nothing else.
 
-That is a third of the import's time (`bench startup` measures both), and the import is most of a
-boot. Knows names of torch's own
-packages and nothing else of it. Only for versions that were tried: any other is imported whole.
+Most of torch's Python is for training, tracing, compiling and distributing. It takes two thirds of
+the import's time (`bench startup` measures both), and the import is most of a boot. What is left
+out satisfies the import by stand-ins, which are gone afterwards: whatever was taken from one is
+taken away again, so that its use is an error and never a wrong answer. Such a process computes and
+dispatches; it does not even print a tensor.
+
+Knows names of torch's own modules and nothing else of it. Only for versions that were tried: any
+other is imported whole.
 """
 
 from __future__ import annotations
@@ -19,13 +24,32 @@ from types import ModuleType
 from typing import Any
 
 LEAN_VERSIONS = ("2.13",)
-LEFT_OUT = (
-    "torch._decomp", "torch._higher_order_ops", "torch._meta_registrations", "torch._native",
-    "torch._strobelight", "torch.ao", "torch.distributions", "torch.export", "torch.hub",
-    "torch.masked", "torch.mtia", "torch.onnx", "torch.optim", "torch.package", "torch.profiler",
-    "torch.quantization", "torch.signal", "torch.testing", "torch.utils.data", "torch.xpu",
-)  # fmt: skip
-"""Packages, with everything below them, that no engine uses on a CPU."""
+KEPT = frozenset({
+    "torch", "torch._C", "torch._VF", "torch._awaits", "torch._classes", "torch._environment",
+    "torch._jit_internal", "torch._linalg_utils", "torch._lowrank", "torch._namedtensor_internals",
+    "torch._opaque_base", "torch._ops", "torch._sources", "torch._storage_docs", "torch._tensor",
+    "torch._tensor_str", "torch._torch_docs", "torch._utils", "torch._utils_internal",
+    "torch._vendor", "torch._vendor.packaging", "torch._vendor.packaging._structures",
+    "torch._vendor.packaging.version", "torch.autograd", "torch.autograd.grad_mode",
+    "torch.functional", "torch.nn", "torch.nn._reduction", "torch.nn.functional", "torch.nn.grad",
+    "torch.overrides", "torch.random", "torch.storage", "torch.torch_version", "torch.types",
+    "torch.utils", "torch.utils._contextlib", "torch.utils._device", "torch.utils._import_utils",
+    "torch.utils._python_dispatch", "torch.version",
+})  # fmt: skip
+"""Tensors, their operations and printing, dispatch modes, inference mode."""
+
+LEFT_OUT_BESIDE = "torchgen"
+"""torch's generator of code, which it imports for annotations."""
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "torch.fx.experimental.sym_node": {"DynamicInt": type("DynamicInt", (), {})},
+    "torch._library.simple_registry": {"find_torch_dispatch_rule": lambda operation, kind: None},
+    "torch.jit": {"is_scripting": lambda: False},
+    "torch.jit._builtins": {"_register_builtin": lambda operation, name: None},
+    "torch.library": {"_defs": frozenset(), "fallthrough_kernel": None},
+}
+"""What torch's core asks of modules that were left out, as it is answered where nothing is traced,
+scripted or customised: by modules with these names and no others."""
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
 
@@ -128,16 +152,21 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Anything
+        return _not_available if name == "is_available" else _Anything
+
+
+def _not_available() -> bool:
+    return False
 
 
 class _LeftOut:
-    """Finds and loads a stand-in for every module of the packages left out."""
+    """Finds and loads a stand-in for every module of torch that is not kept."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not any(name == left or name.startswith(left + ".") for left in LEFT_OUT):
+        package = name.partition(".")[0]
+        if package != LEFT_OUT_BESIDE and (package != "torch" or is_kept(name)):
             return None
         return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
@@ -148,11 +177,32 @@ class _LeftOut:
         """There is nothing in it."""
 
 
+def is_kept(name: str) -> bool:
+    return name in KEPT or name.startswith("torch._C.")
+
+
 def _remove_stand_ins() -> None:
-    """Whoever asks for one from here on is told that it is not there."""
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, StandIn):
-            del sys.modules[name]
-            parent, _, child = name.rpartition(".")
-            if isinstance(vars(sys.modules.get(parent, sys)).get(child), StandIn):
-                delattr(sys.modules[parent], child)
+    """From here on an import is in earnest, and a name from a stand-in is not defined."""
+    for name in [name for name, module in sys.modules.items() if isinstance(module, StandIn)]:
+        del sys.modules[name]
+    for name in KEPT & sys.modules.keys():
+        names = vars(sys.modules[name])
+        for key in [key for key, value in names.items() if _is_stand_in(value)]:
+            del names[key]
+    for name, names in ANSWERS.items():
+        _place(name, names)
+
+
+def _place(name: str, names: dict[str, Any]) -> None:
+    """A module with these names and no others, and packages above it with nothing."""
+    module = sys.modules[name] = ModuleType(name)
+    module.__path__ = []
+    vars(module).update(names)
+    parent, _, child = name.rpartition(".")
+    if parent not in sys.modules:
+        _place(parent, {})
+    setattr(sys.modules[parent], child, module)
+
+
+def _is_stand_in(value: object) -> bool:
+    return value is _Anything or isinstance(value, StandIn) or type(value) is _Anything

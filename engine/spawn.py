@@ -6,10 +6,21 @@ it can run before that is imported.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import time
+
+ENGINE_SETTINGS = {
+    # Large pages for what an import allocates: fifteen thousand page faults less.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Threads of torch that wait sleep: spinning takes the cores from those they wait for.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # There is no other device's plugin to be looked for among all installed packages.
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
+"""Of libraries that listen to nothing but the environment. What a user has set stays."""
 
 
 class Spawned:
@@ -39,6 +50,7 @@ def spawn() -> Spawned:
         module = (sys.executable, "-m", "pilotlight.engine.process")
         process = subprocess.Popen(
             (*module, "--fd", str(theirs.fileno())),
+            env=ENGINE_SETTINGS | os.environ,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )

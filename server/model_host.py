@@ -20,7 +20,7 @@ from ..engine.model_switch import Order, check_order
 from ..engine.status import EngineState, EngineStatus
 from .config import ServeConfig, loaded_config
 from .lifecycle import Lifecycle
-from .model_text import ModelText, TextFiles, read_text
+from .model_text import ModelText, TextFiles, import_libraries, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ModelHost:
     async def read_first_text(self) -> None:
         """Of the command line's model, if there is one: a mistake in it ends the server."""
         if self._config.standby:
+            await asyncio.to_thread(import_libraries)
             return
         try:
             files, read_s = await _read(self._config)

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..engine.errors import InvalidField, NotReady
 from ..proto import inference_pb2 as pb
 from .limits import check_number
-from .text.chat import ChatTemplate, load_chat_template
-from .text.tokenizer import Tokenizer, load_tokenizer
 from .validation import SamplingDefaults, check_chat
+
+if TYPE_CHECKING:
+    from .text.chat import ChatTemplate
+    from .text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,19 @@ class ModelText:
 
 def read_text(folder: Path) -> TextFiles:
     """Takes its time: for a thread. Raises CheckpointError."""
+    chat, tokenizer = import_libraries()
     return TextFiles(
-        load_tokenizer(folder), load_chat_template(folder), load_sampling_defaults(folder)
+        tokenizer.load_tokenizer(folder),
+        chat.load_chat_template(folder),
+        load_sampling_defaults(folder),
     )
+
+
+def import_libraries() -> tuple[ModuleType, ModuleType]:
+    """Jinja and the tokenizers: nothing that ports should wait for, nor a load in a warm pool."""
+    from .text import chat, tokenizer
+
+    return chat, tokenizer
 
 
 def load_sampling_defaults(folder: Path) -> SamplingDefaults:

@@ -6,6 +6,7 @@ Turns engine outputs into chunks of the wire contract.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,8 +14,10 @@ from ..engine.messages import FinishReason, Output
 from ..proto import inference_pb2 as pb
 from .text.detokenizer import Detokenizer
 from .text.stop_strings import StopStrings
-from .text.tokenizer import Tokenizer
 from .validation import TextOptions
+
+if TYPE_CHECKING:
+    from .text.tokenizer import Tokenizer
 
 
 class Sample:

@@ -9,7 +9,10 @@ leading space). So each new piece is the difference of two decodings that begin 
 
 from __future__ import annotations
 
-from .tokenizer import Tokenizer
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_UNREAD_TOKENS = 8

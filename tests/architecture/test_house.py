@@ -95,6 +95,6 @@ def test_what_users_start_does_not_import_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_only_the_configuration_reads_the_environment() -> None:
+def test_only_the_configuration_and_who_passes_it_on_read_the_environment() -> None:
     readers = [_name(p) for p in SOURCES if re.search(r"os\.environ|os\.getenv", p.read_text())]
-    assert readers == ["server/config.py"]
+    assert readers == ["engine/spawn.py", "server/config.py"]

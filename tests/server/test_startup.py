@@ -12,8 +12,8 @@ import pytest
 from pilotlight.engine.messages import Progress
 from pilotlight.engine.status import EngineState
 from pilotlight.proto import inference_pb2 as pb
-from pilotlight.server import model_text
 from pilotlight.server.config import DEMO_MODEL
+from pilotlight.server.text import tokenizer
 from pilotlight.server.text.tokenizer import Tokenizer, load_tokenizer
 from pilotlight.tests.fake_engine import FakeEngine
 from pilotlight.tests.served import LIMIT_S, Served, ids_request, served
@@ -201,7 +201,7 @@ async def test_a_server_whose_tokenizer_is_late_is_not_ready(
         assert may_load.wait(LIMIT_S)
         return load_tokenizer(folder)
 
-    monkeypatch.setattr(model_text, "load_tokenizer", late)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", late)
     async with served(text_engine(), is_ready=False) as s:
         await s.wait_state(EngineState.READY)
         try:
