@@ -15,6 +15,8 @@ LAUNCH_PHASE = "start_engine"
 ACCEPT_PHASE = "accept"
 """From the ask for a model to the first word of the engine that stood by."""
 UNLOAD_PHASE = "unload"
+TEXT_PHASE = "read_text"
+"""Behind the engine's last phase: what the front still needed for the tokenizer."""
 
 LOADING_PHASES = frozenset({"load_weights", "bind_kernels", "allocate_kv"})
 WARMING_PHASES = frozenset({"warm"})
@@ -100,6 +102,15 @@ def ready(status: EngineStatus, message: Ready, at_s: float) -> EngineStatus:
         detail="",
         facts=message.facts,
     )
+
+
+def read_text(status: EngineStatus, at_s: float) -> EngineStatus:
+    """The front's half of a model is there: it was awaited where the engine's was first."""
+    engine_ready_s = status.phases[-1].ended_s if status.phases else at_s
+    if status.state is not EngineState.READY or at_s <= engine_ready_s:
+        return status
+    span = PhaseSpan(TEXT_PHASE, engine_ready_s, at_s - engine_ready_s)
+    return replace(status, phases=(*status.phases, span))
 
 
 def _span(status: EngineStatus, at_s: float) -> PhaseSpan:

@@ -118,6 +118,10 @@ class EngineClient:
         span = PhaseSpan(name, began_s - self._started_s, ended_s - began_s, lane)
         self._show(boot_record.beside(self.status, span))
 
+    def note_late_text(self, at_s: float) -> None:
+        """The front had read the model's text at `at_s`, by time.monotonic(): a phase if last."""
+        self._show(boot_record.read_text(self.status, at_s - self._started_s))
+
     # ---- requests ----------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> OutputStream:

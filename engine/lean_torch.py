@@ -41,15 +41,21 @@ KEPT = frozenset({
 LEFT_OUT_BESIDE = "torchgen"
 """torch's generator of code, which it imports for annotations."""
 
+
+def _no() -> bool:
+    return False
+
+
 ANSWERS: dict[str, dict[str, Any]] = {
+    "torch.cuda": {"is_available": _no, "is_initialized": _no},
     "torch.fx.experimental.sym_node": {"DynamicInt": type("DynamicInt", (), {})},
     "torch._library.simple_registry": {"find_torch_dispatch_rule": lambda operation, kind: None},
-    "torch.jit": {"is_scripting": lambda: False},
+    "torch.jit": {"is_scripting": _no},
     "torch.jit._builtins": {"_register_builtin": lambda operation, name: None},
     "torch.library": {"_defs": frozenset(), "fallthrough_kernel": None},
 }
-"""What torch's core asks of modules that were left out, as it is answered where nothing is traced,
-scripted or customised: by modules with these names and no others."""
+"""What torch's core and this engine ask of modules that were left out, as it is answered where there
+is no CUDA and nothing is traced, scripted or customised: by modules with just these names."""
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
 
@@ -152,11 +158,7 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _not_available if name == "is_available" else _Anything
-
-
-def _not_available() -> bool:
-    return False
+        return _no if name == "is_available" else _Anything
 
 
 class _LeftOut:

@@ -62,7 +62,7 @@ class Lifecycle:
         """From the ask for the newest boot to READY; 0 before. The first is asked by the start."""
         self.ports_open_s = self.first_token_s = 0.0
         """Since process start, once; 0 before."""
-        self._asked_s = self._text_s = 0.0
+        self._asked_s = 0.0
         self._logged = pb.SERVER_STATE_UNSPECIFIED
         self.health = health_aio.HealthServicer()
 
@@ -148,7 +148,7 @@ class Lifecycle:
         if status.asked_s != self._asked_s:
             self._asked_s, self.ready_after_s = status.asked_s, 0.0
         if self.is_ready and not self.ready_after_s:
-            self.ready_after_s = max(status.boot_s, self._text_s - status.asked_s)
+            self.ready_after_s = status.boot_s
         await self.publish_readiness()
         self._log(status)
 
@@ -157,7 +157,7 @@ class Lifecycle:
 
         Not the moment of this call: an order waits for the engine before it takes the text.
         """
-        self._text_s = at_s - self._started_s
+        self._engine.note_late_text(at_s)
         await self.settle()
 
     def _log(self, status: EngineStatus) -> None:

@@ -48,7 +48,7 @@ def test_no_stand_in_is_left_behind() -> None:
 def test_what_is_not_there_is_an_error() -> None:
     program = (
         "import_lean(); import torch\n"
-        "for use in ('torch.compile(len)', 'torch.nn.Linear(1, 1)', 'torch.cuda.is_available()'):\n"
+        "for use in ('torch.compile(len)', 'torch.nn.Linear(1, 1)', 'torch.cuda.synchronize()'):\n"
         "    try: print(eval(use))\n"
         "    except (AttributeError, NameError, ImportError): print('an error')"
     )

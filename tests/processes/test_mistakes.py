@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from pilotlight.bench.make_model import SHAPES, write_model
+from pilotlight.engine.lean_torch import has_cuda_driver
 from safetensors.torch import load_file, save_file
 
 TINY = next(name for name in SHAPES if name.startswith("tiny-"))
@@ -135,3 +136,8 @@ def test_a_port_in_use(flag: str, tiny: Path) -> None:
 )
 def test_a_flag_out_of_range(arguments: tuple[str, ...], expected: str) -> None:
     assert expected in _refused(*arguments)
+
+
+@pytest.mark.skipif(has_cuda_driver(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there(tiny: Path) -> None:
+    assert "--device cpu" in _refused(str(tiny), "--device", "cuda")

@@ -174,7 +174,8 @@ async def test_a_load_makes_a_server_that_serves() -> None:
     async with operated() as o:
         response = await o.admin.LoadModel(LOAD)
         assert response.state == READY
-        names = [phase.name for phase in response.phases]
+        # The tokenizer may be later than an engine that only plays one.
+        names = [phase.name for phase in response.phases if phase.name != "read_text"]
         assert names == ["accept", "check", "import_torch", "load_weights", "warm"]
         assert 0.0 < sum(p.duration_s for p in response.phases) <= response.ready_s + 1e-9
         assert await o.token_ids() == EXPECTED

@@ -42,7 +42,9 @@ async def test_startup_is_the_boots_timeline() -> None:
     async with served() as s:
         status, boot = await _probe(s, "/startup")
     assert (status, boot["state"], boot["eta_s"]) == (200, "READY", 0.0)
-    assert [phase["name"] for phase in boot["phases"]] == ["start_process", "start_engine", *PHASES]
+    # The tokenizer may be later than an engine that only plays one.
+    names = [phase["name"] for phase in boot["phases"] if phase["name"] != "read_text"]
+    assert names == ["start_process", "start_engine", *PHASES]
     assert (boot["bytes_done"], boot["bytes_total"], boot["num_restarts"]) == (20, 20, 0)
 
 

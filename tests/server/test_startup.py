@@ -48,7 +48,8 @@ async def test_watch_startup_moves_with_the_boot_and_ends_at_ready() -> None:
         s.engine.link.become_ready()
         last = (await read(watch))[-1]
     assert last.state == pb.SERVER_STATE_READY
-    assert last.phases[-1].name == "warm"
+    # The tokenizer may be later than an engine that only plays one.
+    assert "warm" in [phase.name for phase in last.phases[-2:]]
 
 
 async def test_watch_startup_speaks_while_nothing_changes() -> None:
@@ -214,7 +215,10 @@ async def test_a_server_whose_tokenizer_is_late_is_not_ready(
             may_load.set()
         assert (await read(watch))[-1].state == pb.SERVER_STATE_READY
         assert (await http_get(s, "/readyz"))[0] == 200
-        assert s.server.lifecycle.ready_after_s > 0.0
+        status = s.server.engine.status
+        assert status.phases[-1].name == "read_text"
+        assert s.server.lifecycle.ready_after_s == status.boot_s
+        assert status.attributed > 0.999
         assert await s.stub.Complete(ids_request([1, 2, 3]))
 
 
