@@ -14,6 +14,7 @@ SERVE_EPILOG = """\
 examples:
   pilotlight serve                                 the built-in demo model on 127.0.0.1:50051
   pilotlight serve /models/qwen2-0.5b --host 0.0.0.0
+  pilotlight serve hf://Qwen/Qwen2.5-0.5B-Instruct fetched once, then served from the cache
   pilotlight serve --config serve.toml --port 0    a flag wins over the file
 
 Every flag can stand in the TOML file by its name: max-model-len = 4096, kv-cache-bytes = "4GiB",
@@ -118,7 +119,11 @@ def _add_serve(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    help_text = "folder of a Hugging Face checkpoint (default: the built-in demo model)"
+    help_text = (
+        "folder of a Hugging Face checkpoint (default: the built-in demo model), or "
+        "hf://org/name[@revision], https://host/folder/ or s3://bucket/prefix/, which are fetched "
+        "into the cache first"
+    )
     serve.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of these options")
     for key, title in GROUPS.items():

@@ -110,7 +110,7 @@ class Bench:
             max_num_seqs=self._max_num_seqs,
             num_threads=arguments.num_threads,
         )
-        weights = find_weights(config)
+        weights = find_weights(config, Path(config.model))
         weights.start_moving()
         runner, self.facts = load_runner(config, weights, SaidPhases(), lambda: None)
         self._cores = {mode: self._core(runner, mode) for mode in MODES}

@@ -107,6 +107,9 @@ class SaidPhases:
         if bytes_done == 0:
             print(f"pilotlight: {phase} {detail}", file=sys.stderr)
 
+    def located(self, folder: str) -> None:
+        """Where the files are is no news here."""
+
     def beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
         """Only the boot's own line is told."""
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -18,6 +20,7 @@ from .config import EngineConfig
 from .core import EngineCore
 from .errors import BadArtefact, EngineError
 from .found_weights import FoundWeights, find_weights
+from .locate import locate
 from .messages import FinishReason, ModelFacts, Submit, WeightsFacts
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -26,13 +29,19 @@ from .torch_import import TorchImport
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Booted:
     """An engine that has generated a token, and what its weights rest on."""
 
     core: EngineCore
     facts: ModelFacts
     weights: FoundWeights
+    files_in_use: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """Its files may be evicted now."""
+        self.weights.close()
+        self.files_in_use.close()
 
 
 def stand_by(torch_import: TorchImport, report: BootReport) -> None:
@@ -54,19 +63,40 @@ def boot(
     What can be refused from headers alone is refused before torch is waited for.
     """
     torch_import = torch_import or TorchImport()
-    report("check", 0, 0, "")
+    located = locate(config, report)
+    with ExitStack() as stack:
+        stack.enter_context(located.in_use)
+        report.located(str(located.folder))
+        report("check", 0, 0, "")
+        booted = _boot_twice(config, located.folder, torch_import, report, pulse)
+        booted.files_in_use = stack.pop_all()
+    return booted
+
+
+def _boot_twice(
+    config: EngineConfig,
+    folder: Path,
+    torch_import: TorchImport,
+    report: BootReport,
+    pulse: Callable[[], None],
+) -> Booted:
+    """The second time only where an artefact turns out to be damaged."""
     try:
-        return _boot(config, torch_import, report, pulse)
+        return _boot(config, folder, torch_import, report, pulse)
     except BadArtefact as error:
         # It was condemned when it was found out: what is left is the checkpoint.
         logger.warning("%s; the checkpoint itself is loaded", error)
-        return _boot(config, torch_import, report, pulse)
+        return _boot(config, folder, torch_import, report, pulse)
 
 
 def _boot(
-    config: EngineConfig, torch_import: TorchImport, report: BootReport, pulse: Callable[[], None]
+    config: EngineConfig,
+    folder: Path,
+    torch_import: TorchImport,
+    report: BootReport,
+    pulse: Callable[[], None],
 ) -> Booted:
-    weights = find_weights(config)
+    weights = find_weights(config, folder)
     try:
         weights.start_moving()
         _await_torch(torch_import, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from .messages import Progress, Ready, Standby
+from .messages import Located, Progress, Ready, Standby
 from .status import EngineState, EngineStatus, PhaseSpan
 
 FRONT_PHASE = "start_process"
@@ -18,7 +18,7 @@ UNLOAD_PHASE = "unload"
 TEXT_PHASE = "read_text"
 """Behind the engine's last phase: what the front still needed for the tokenizer."""
 
-LOADING_PHASES = frozenset({"load_weights", "bind_kernels", "allocate_kv"})
+LOADING_PHASES = frozenset({"fetch", "load_weights", "bind_kernels", "allocate_kv"})
 WARMING_PHASES = frozenset({"warm"})
 
 
@@ -39,6 +39,11 @@ def launched(status: EngineStatus, at_s: float) -> EngineStatus:
 def beside(status: EngineStatus, span: PhaseSpan) -> EngineStatus:
     """Another thread or process ended a stretch of work for this boot."""
     return replace(status, beside=(*status.beside, span))
+
+
+def located(status: EngineStatus, message: Located) -> EngineStatus:
+    """The model's files are there."""
+    return replace(status, folder=message.folder)
 
 
 def asked_to_load(status: EngineStatus, at_s: float) -> EngineStatus:

@@ -23,7 +23,7 @@ from .found_weights import FoundWeights
 from .lean_torch import import_lean
 from .logs import log_json_lines
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pilotlight.engine.build_artefact")
 
 
 def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
@@ -32,7 +32,7 @@ def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
     if not is_wanted or not Store(Path(config.cache)).is_writable:
         return False
     module = (sys.executable, "-m", "pilotlight.engine.build_artefact")
-    arguments = ("--cache", config.cache, "--dtype", found.target.dtype, config.model)
+    arguments = ("--cache", config.cache, "--dtype", found.target.dtype, str(found.folder))
     subprocess.Popen((*module, *arguments), stdin=subprocess.DEVNULL)
     return True
 

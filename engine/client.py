@@ -30,6 +30,7 @@ from .messages import (
     Failed,
     FromEngine,
     Heartbeat,
+    Located,
     Output,
     Progress,
     Ready,
@@ -305,6 +306,8 @@ class EngineClient:
             case Progress(at_s=at_s):
                 at_s -= self._started_s
                 self._show(boot_record.advanced(self.status, message, at_s))
+            case Located():
+                self._show(boot_record.located(self.status, message))
             case Beside(name=name, lane=lane, began_s=began_s, ended_s=ended_s):
                 self.note_beside(name, lane, began_s, ended_s)
             case Ready(at_s=at_s):

@@ -9,7 +9,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Zero or "auto" means: the engine decides from the model and the machine, and says what."""
 
     model: str
-    """Folder of a Hugging Face checkpoint; empty: be on standby, with everything but a model."""
+    """Folder of a Hugging Face checkpoint, or where it is fetched from (see model_place.py); empty:
+    be on standby, with everything but a model."""
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int = 0

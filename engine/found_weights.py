@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 class FoundWeights:
     """`leased` is None when the checkpoint itself is read; `origin` says which, and why."""
 
+    folder: Path
     model: ModelConfig
     manifest: Manifest
     target: Target
@@ -74,19 +75,18 @@ def _told(error: Exception) -> None:
     logger.error("%s", error)
 
 
-def find_weights(config: EngineConfig) -> FoundWeights:
+def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     """Raises CheckpointError or UnsupportedModel: the checkpoint is looked at in any case."""
-    folder = Path(config.model)
     model, manifest = read_model_config(folder), read_manifest(folder)
     check_tensors(model, manifest)
     target = choose_target(config, model.checkpoint_dtype)
     if not config.cache or target.device != "cpu":
-        return FoundWeights(model, manifest, target, "checkpoint (no cache)")
+        return FoundWeights(folder, model, manifest, target, "checkpoint (no cache)")
     store = Store(Path(config.cache))
     key = known_key(store, folder, manifest, target)
     leased = store.find_arena(key) if key else None
     origin = "artefact" if leased else "checkpoint (no artefact yet)"
-    return FoundWeights(model, manifest, target, origin, leased, config.verify)
+    return FoundWeights(folder, model, manifest, target, origin, leased, config.verify)
 
 
 def known_key(store: Store, folder: Path, manifest: Manifest, target: Target) -> str | None:

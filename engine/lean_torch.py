@@ -54,8 +54,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "torch.jit._builtins": {"_register_builtin": lambda operation, name: None},
     "torch.library": {"_defs": frozenset(), "fallthrough_kernel": None},
 }
-"""What torch's core and this engine ask of modules that were left out, as it is answered where there
-is no CUDA and nothing is traced, scripted or customised: by modules with just these names."""
+"""What torch's core and this engine ask of modules that were left out, and the answers where there
+is no CUDA and nothing is traced, scripted or customised. They have these names and no others."""
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
 

@@ -36,4 +36,10 @@ def log_json_lines(process: str, level: str) -> None:
     """Sends every logger's records to stderr. Called once, by a process's main function."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """Of our own records. Libraries say no more than warnings: some log urls with passwords."""
+    logging.getLogger("pilotlight").setLevel(level.upper())

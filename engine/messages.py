@@ -70,6 +70,12 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     detail: str = ""
 
 
+class Located(msgspec.Struct, frozen=True, tag=True):
+    """All files of the model that is booted are in this folder: it may have been fetched."""
+
+    folder: str
+
+
 class Beside(msgspec.Struct, frozen=True, tag=True):
     """A stretch of work that ended beside the boot's own line, by the clock of Progress.at_s."""
 
@@ -219,4 +225,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Boot | Unload | Submit | Abort | Stop
-FromEngine = Progress | Beside | Ready | Standby | StepRecord | Heartbeat | Failed
+FromEngine = Progress | Located | Beside | Ready | Standby | StepRecord | Heartbeat | Failed

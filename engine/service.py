@@ -6,7 +6,6 @@ Knows messages, the core and the boot; knows no sockets and no process.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import time
 from typing import NoReturn, Protocol
@@ -16,11 +15,13 @@ from .build_artefact import start_behind
 from .config import EngineConfig
 from .errors import EngineError, SetupError
 from .heartbeat import Heart, Pulse
+from .logs import set_log_level
 from .messages import (
     Abort,
     Beside,
     Boot,
     FromEngine,
+    Located,
     Progress,
     Ready,
     Standby,
@@ -57,6 +58,9 @@ class Report:
         if is_news or now_s - self._sent_s >= PROGRESS_INTERVAL_S:
             self._phase, self._sent_s = phase, now_s
             self._line.send(Progress(phase, now_s, bytes_done, bytes_total, detail))
+
+    def located(self, folder: str) -> None:
+        self._line.send(Located(folder))
 
     def beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
         self._line.send(Beside(name, lane, began_s, ended_s))
@@ -114,7 +118,7 @@ class Service:
         """Raises EngineError, or SetupError where the engine never stood by: it ends then."""
         if self._model is not None:
             raise EngineError("a Boot message while a model is loaded")
-        logging.getLogger().setLevel(config.log_level.upper())
+        set_log_level(config.log_level)
         if not config.model:
             stand_by(self._torch, self._report)
             self._stand_by()
@@ -154,7 +158,7 @@ class Service:
         if self._model is not None:
             self._model.core.abort(self._model.core.live_request_ids())
             self._step()
-            self._model.weights.close()
+            self._model.close()
             self._model = None
             give_memory_back()
         self._stand_by()

@@ -58,6 +58,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Phases that ended, in order, of the present boot: they leave no time between them."""
     beside: tuple[PhaseSpan, ...] = ()
     """What other threads and processes did meanwhile."""
+    folder: str = ""
+    """Of the model's files, from the moment they are all there."""
     facts: ModelFacts | None = None
     statistics: EngineStatistics = EngineStatistics()
     num_restarts: int = 0

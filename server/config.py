@@ -21,6 +21,7 @@ import msgspec
 from ..engine.config import EngineConfig, SupervisionPolicy
 from ..engine.errors import ConfigError
 from ..engine.logs import LEVELS
+from ..engine.model_place import default_name
 
 NO_CACHE = "off"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
@@ -93,7 +94,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def served_name(self) -> str:
         """Empty while there is no model."""
-        return "" if self.standby else self.model_name or Path(self.model).resolve().name
+        return "" if self.standby else self.model_name or default_name(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,10 @@ class Option:
 
 OPTIONS = (
     Option(
-        "model_name", "model", "name that clients may ask for (default: the folder's name)", "NAME"
+        "model_name",
+        "model",
+        "name that clients may ask for (default: the folder's, or org/name)",
+        "NAME",
     ),
     Option(
         "standby",

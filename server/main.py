@@ -23,6 +23,7 @@ from ..engine.client import EngineClient
 from ..engine.errors import PilotlightError, SetupError
 from ..engine.launch import EngineLink, Launch, launch_process, linked
 from ..engine.logs import log_json_lines
+from ..engine.model_place import shown
 from ..engine.spawn import Spawned
 from ..engine.status import EngineState
 from ..proto import inference_pb2_grpc as pb_grpc
@@ -230,7 +231,7 @@ def announce(server: Server, config: ServeConfig) -> None:
         "target": f"{config.host}:{server.port}",
         "ops": f"http://{config.ops_host or config.host}:{server.ops_port}",
         **({"admin": f"{ADMIN_HOST}:{server.admin_port}"} if config.admin_port >= 0 else {}),
-        "model": "" if config.standby else config.model,
+        "model": "" if config.standby else shown(config.model),
         "pid": os.getpid(),
         "ports_open_s": round(server.lifecycle.ports_open_s, 3),
     }

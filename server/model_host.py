@@ -16,6 +16,7 @@ from typing import Any
 
 from ..engine.client import EngineClient
 from ..engine.errors import PilotlightError, SetupError, WrongState
+from ..engine.model_place import is_remote
 from ..engine.model_switch import Order, check_order
 from ..engine.status import EngineState, EngineStatus
 from .config import ServeConfig, loaded_config
@@ -52,7 +53,7 @@ class ModelHost:
             await asyncio.to_thread(import_libraries)
             return
         try:
-            files, read_s = await _read(self._config)
+            files, read_s = await self._read(self._config)
             self._text.take(files)
         except SetupError as error:
             self._engine.fail_setup(str(error))
@@ -106,13 +107,14 @@ class ModelHost:
     async def _load(self, config: ServeConfig) -> None:
         check_order(Order.LOAD, self._engine.status.state)
         self._text.expect(config.served_name)
-        reading = asyncio.create_task(_read(config))
+        reading = asyncio.create_task(self._read(config))
         reading.add_done_callback(_note_read)
         try:
             await self._engine.load(config.engine())
             files, read_s = await reading
             self._text.take(files)
         except PilotlightError:
+            reading.cancel()
             await self._rest_again()
             self._text.expect("")
             raise
@@ -127,11 +129,19 @@ class ModelHost:
             elif status.state in (EngineState.STANDBY, EngineState.STOPPED, EngineState.FAILED):
                 return
 
+    async def _read(self, config: ServeConfig) -> tuple[TextFiles, float]:
+        """The text, and when it was there: time.monotonic()."""
+        is_here = not is_remote(config.model)
+        folder = config.model if is_here else await self._folder()
+        files = await asyncio.to_thread(read_text, Path(folder))
+        return files, time.monotonic()
 
-async def _read(config: ServeConfig) -> tuple[TextFiles, float]:
-    """The text, and when it was there: time.monotonic()."""
-    files = await asyncio.to_thread(read_text, Path(config.model))
-    return files, time.monotonic()
+    async def _folder(self) -> str:
+        """Of the files that the engine fetches; for ever where it cannot."""
+        async for status in self._engine.status_changes():
+            if status.folder:
+                return status.folder
+        raise AssertionError("status changes never end")
 
 
 def _note_read(task: asyncio.Task[Any]) -> None:

@@ -50,7 +50,7 @@ def build(
     on_bytes: OnBytes = lambda what, done, total: None,
 ) -> Built:
     """Builds the artefact, or finds that it is there. Raises SetupError."""
-    found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype))
+    found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype), folder)
     if found.target.device != "cpu":
         raise ConfigError("--device cuda: artefacts are built for CPUs only so far")
     key = key_of(_digests(store, found, on_bytes), folder, found.target)

@@ -59,7 +59,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     that would not be computed exactly.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint")
+        way_out = "give the folder of a checkpoint, or hf://org/name for one of the hub"
+        raise CheckpointError(f"{folder} is not a folder; {way_out}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint folder")
     reader = ConfigReader(_read_json(folder / "config.json"))

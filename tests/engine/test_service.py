@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +101,11 @@ class Models:
         core = EngineCore(scheduler, KvCheckingRunner(NUM_BLOCKS, BLOCK_SIZE, VOCAB_SIZE))
         self.newest = weakref.ref(core)
         no_files: Any = None
-        return Booted(core, FakeEngine().facts, FoundWeights(no_files, no_files, no_files, "fake"))
+        return Booted(
+            core,
+            FakeEngine().facts,
+            FoundWeights(Path("model"), no_files, no_files, no_files, "fake"),
+        )
 
     def is_there(self) -> bool:
         return self.newest is not None and self.newest() is not None
