@@ -29,7 +29,10 @@ logger = logging.getLogger("pilotlight.engine.build_artefact")
 def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
     """Starts it where the model came from its checkpoint and there is a cache to write to."""
     is_wanted = bool(config.cache) and found.leased is None and found.target.device == "cpu"
-    if not is_wanted or not Store(Path(config.cache)).is_writable:
+    if not is_wanted:
+        return False
+    if not Store(Path(config.cache)).is_writable:
+        logger.info("no artefact is written: %s is read-only", config.cache)
         return False
     module = (sys.executable, "-m", "pilotlight.engine.build_artefact")
     arguments = ("--cache", config.cache, "--dtype", found.target.dtype, str(found.folder))

@@ -39,6 +39,9 @@ class FoundWeights:
     target: Target
     origin: str
     leased: LeasedArena | None = None
+    store: Store | None = None
+    """Where `leased` is, by the name of `key`."""
+    key: str = ""
     verify: str = "off"
     verification: Verification | None = None
 
@@ -85,8 +88,11 @@ def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     store = Store(Path(config.cache))
     key = known_key(store, folder, manifest, target)
     leased = store.find_arena(key) if key else None
-    origin = "artefact" if leased else "checkpoint (no artefact yet)"
-    return FoundWeights(folder, model, manifest, target, origin, leased, config.verify)
+    found = FoundWeights(folder, model, manifest, target, "checkpoint (no artefact yet)")
+    if key and leased:
+        found.origin, found.leased, found.verify = "artefact", leased, config.verify
+        found.store, found.key = store, key
+    return found
 
 
 def known_key(store: Store, folder: Path, manifest: Manifest, target: Target) -> str | None:

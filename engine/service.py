@@ -15,6 +15,7 @@ from .build_artefact import start_behind
 from .config import EngineConfig
 from .errors import EngineError, SetupError
 from .heartbeat import Heart, Pulse
+from .last_plan import write_plan
 from .logs import set_log_level
 from .messages import (
     Abort,
@@ -148,6 +149,7 @@ class Service:
             self._model.core, self._pulse, config.heartbeat_interval_s, self._line.send
         )
         self._heart.start()
+        write_plan(self._model.weights, config, self._model.facts)
         start_behind(config, self._model.weights)
 
     def _unload(self) -> None:

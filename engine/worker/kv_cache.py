@@ -11,6 +11,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import ConfigError, NotEnoughMemory
+from ..last_plan import LastPlan
 from ..models.config import ModelConfig
 from ..models.decoder import LayerCache
 from .memory import available_bytes
@@ -49,12 +50,16 @@ def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
 
 
 def plan_kv_cache(
-    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    last: LastPlan | None = None,
 ) -> KvPlan:
     """Sizes the cache: what was asked for, else what the machine has, never more than is of use.
 
     A context length that was asked for must fit, or NotEnoughMemory; one chosen here shrinks to
-    what fits. `dtype` is the cache's.
+    what fits. The last boot's size is kept where it still fits. `dtype` is the cache's.
     """
     one_block = block_bytes(model, config.block_size, dtype)
     wanted_len = config.max_model_len or model.max_position_embeddings
@@ -66,6 +71,8 @@ def plan_kv_cache(
     useful = config.max_num_seqs * _num_blocks(wanted_len, config.block_size)
     budget = config.kv_cache_bytes or int(AUTO_FRACTION * available_bytes(device))
     fitting = budget // one_block
+    if last is not None and last.num_blocks <= min(useful, fitting):
+        return KvPlan(last.num_blocks, config.block_size, one_block, last.context_len)
     num_blocks = min(useful, fitting)
     context_len = min(wanted_len, num_blocks * config.block_size)
     is_too_short = context_len < wanted_len and config.max_model_len > 0

@@ -18,6 +18,7 @@ from ..boot_report import BootReport
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..found_weights import FoundWeights
+from ..last_plan import read_plan
 from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
 from ..models.weights import ModelWeights, Preparer, assemble
@@ -47,7 +48,7 @@ def load_runner(
     kernels = bind(device, dtype)
     report("allocate_kv", 0, 0, "")
     kv_dtype = cache_dtype(config, dtype)
-    plan = plan_kv_cache(config, model, device, kv_dtype)
+    plan = plan_kv_cache(config, model, device, kv_dtype, read_plan(found, config))
     with torch.inference_mode():
         runner = Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),

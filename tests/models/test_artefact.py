@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from pilotlight.bench.make_model import write_model
 from pilotlight.engine.boot import Booted, boot
 from pilotlight.engine.boot_report import Unheard
@@ -14,6 +16,7 @@ from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.models import artefact
 from pilotlight.tests.models.checkpoints import engine_tokens, prompt_of
 from pilotlight.weights_cache.store import Store
+from torch import Tensor
 
 NUM_NEW_TOKENS = 12
 SHAPES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
@@ -71,6 +74,32 @@ def test_both_give_equal_tokens(cached: Cached) -> None:
     assert booted.facts.artefact == "artefact"
     assert cached.tokens(booted) == wanted
     booted.weights.close()
+
+
+def test_both_give_logits_of_equal_bits(cached: Cached) -> None:
+    first = _logits(cached, cached.boot())
+    cached.build()
+    booted = cached.boot()
+    assert booted.facts.artefact == "artefact"
+    second = _logits(cached, booted)
+    booted.close()
+    assert len(first) == len(second) > NUM_NEW_TOKENS
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second))
+
+
+def _logits(cached: Cached, booted: Booted) -> list[Tensor]:
+    """All that the sampler was given, as fp32, in the order of steps."""
+    seen: list[Tensor] = []
+    sampler = booted.core._runner._sampler
+    sample = sampler.sample
+
+    def noted(logits: Tensor, *rest: Any) -> Any:
+        seen.append(logits.clone())
+        return sample(logits, *rest)
+
+    sampler.sample = noted
+    cached.tokens(booted)
+    return seen
 
 
 def test_building_again_finds_it(cached: Cached) -> None:

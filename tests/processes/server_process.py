@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +26,12 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class ServerProcess:
     """Started with free ports on loopback; its log is read by a thread."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, behind: Sequence[str] = ()) -> None:
         serve = (sys.executable, "-m", "pilotlight", "serve", "--port", "0", "--ops-port", "0")
         command = (*serve, "--cache", "off")  # a later --cache of `flags` wins
-        self.process = subprocess.Popen((*command, *flags), stderr=subprocess.PIPE, text=True)
+        # `behind` is a command that ends by becoming another, whose words follow its own.
+        command = (*behind, *command, *flags)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self._logged = threading.Condition()
         self._ports_known = threading.Event()
@@ -125,8 +127,10 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*flags: str, is_ready: bool = True) -> Iterator[ServerProcess]:
-    server = ServerProcess(*flags)
+def server_process(
+    *flags: str, is_ready: bool = True, behind: Sequence[str] = ()
+) -> Iterator[ServerProcess]:
+    server = ServerProcess(*flags, behind=behind)
     try:
         if is_ready:
             server.wait_readiness(SERVING)
