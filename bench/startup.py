@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..engine.errors import ConfigError
@@ -23,12 +24,16 @@ from .startup_peers import PEERS, chosen_peers, command_of, time_peer
 from .startup_runs import time_standby, time_start, warm_up
 
 OURS, COLD, STANDBY = "pilotlight", "cold", "standby"
+FIRST, DIRECT = "first boot", "direct load"
+INTERRUPTED = 130
 EPILOG = """\
 examples:
   pilotlight bench startup MODEL
       one start that makes the artefact, then 7 that are measured
   pilotlight bench startup MODEL --drop-cache --standby
       also with no page of the weights in memory, and from a server that stands by
+  pilotlight bench startup MODEL --first-boot
+      also with an empty cache, whose artefact is written behind, and with no cache at all
   pilotlight bench startup MODEL --vs transformers,vllm --peer-python vllm=/opt/vllm/bin/python \\
       --peer-repeat 3 --picture startup.png
 
@@ -38,6 +43,7 @@ With --drop-cache every page is dropped and mincore(2) asked whether it is gone;
 not be cold ends the command. cold.ratio is the cold first token over reading all bytes once, at the
 file's cold sequential rate, and a warm first token.
 
+Interrupted, it reports what was measured until then; a peer that fails is left out.
 limits.floor_s is what no start avoids: the interpreter and torch's import, or the bytes from page
 cache if that takes longer. attributed is the part of the boot that the phases of /startup explain.
 """
@@ -58,11 +64,15 @@ def main(argv: list[str]) -> int:
     limits = measure_limits(files[0])
     kinds, resident = kinds_of_start(arguments, flags, peers, files)
     counts = {name: arguments.peer_repeat if name in PEERS else arguments.repeat for name in kinds}
-    starts = alternated(kinds, counts)
+    starts: dict[str, list[Start]] = {name: [] for name in kinds}
+    was_ended = alternate(kinds, counts, starts)
+    starts = {name: all_ for name, all_ in starts.items() if all_}
+    if OURS not in starts:
+        return INTERRUPTED
     result = report(starts, limits, resident)
     result["model"], result["artefact"] = arguments.model, str(artefact or "")
     _write(result, starts, arguments)
-    return 0
+    return INTERRUPTED if was_ended else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=7, metavar="N", help="measured starts (default: %(default)s)")
     add("--cache", metavar="DIR", help="the server's weights cache (default: as `serve`)")
     add("--drop-cache", action="store_true", help="also starts with no weights in memory")
+    add("--first-boot", action="store_true", help="also with an empty cache, and without any")
     add("--standby", action="store_true", help="also LoadModel to first token, from standby")
     add("--vs", default="", metavar="PEERS", help=f"also, in turn: {','.join(PEERS)}")
     add("--peer-python", action="append", default=[], metavar="PEER=PYTHON",
@@ -124,6 +135,9 @@ def kinds_of_start(
     kinds: dict[str, Callable[[], Start]] = {OURS: lambda: time_start(arguments.model, flags)}
     if arguments.drop_cache:
         kinds[COLD] = cold_start
+    if arguments.first_boot:
+        kinds[FIRST] = lambda: _first_boot(arguments.model)
+        kinds[DIRECT] = lambda: time_start(arguments.model, ["--cache", "off"])
     if arguments.standby:
         kinds[STANDBY] = lambda: time_standby(arguments.model, flags)
     for name, command in peers.items():
@@ -131,19 +145,44 @@ def kinds_of_start(
     return kinds, resident
 
 
-def alternated(
-    kinds: dict[str, Callable[[], Start]], counts: dict[str, int]
-) -> dict[str, list[Start]]:
-    """Rounds in which each kind starts once, every second round backwards."""
-    starts: dict[str, list[Start]] = {name: [] for name in kinds}
-    num_rounds = max(counts.values())
-    for number in range(num_rounds):
-        for name in list(kinds)[:: -1 if number % 2 else 1]:
-            if number < counts[name]:
-                starts[name].append(kinds[name]())
-                first_s = starts[name][-1].moments["first_token_s"]
-                say(f"{number + 1}/{counts[name]} {name:<14}first token {first_s:8.3f} s")
-    return starts
+def alternate(
+    kinds: dict[str, Callable[[], Start]], counts: dict[str, int], starts: dict[str, list[Start]]
+) -> bool:
+    """Rounds in which each kind starts once, every second round backwards; `starts` takes them.
+
+    Returns whether it was interrupted.
+    """
+    failed: set[str] = set()
+    try:
+        for number in range(max(counts.values())):
+            for name in list(kinds)[:: -1 if number % 2 else 1]:
+                if number < counts[name] and name not in failed:
+                    _start(name, kinds[name], starts[name], counts[name], failed)
+    except KeyboardInterrupt:
+        say("interrupted: this is what was measured until now")
+        return True
+    return False
+
+
+def _start(
+    name: str, kind: Callable[[], Start], starts: list[Start], count: int, failed: set[str]
+) -> None:
+    try:
+        starts.append(kind())
+    except ConfigError as error:
+        if name not in PEERS:
+            raise
+        failed.add(name)
+        say(f"{name} is left out from here on: {error}")
+        return
+    first_s = starts[-1].moments["first_token_s"]
+    say(f"{len(starts)}/{count} {name:<14}first token {first_s:8.3f} s")
+
+
+def _first_boot(model: str) -> Start:
+    """Nothing of any earlier boot is in the cache."""
+    with TemporaryDirectory(prefix="pilotlight-first-boot-") as cache:
+        return time_start(model, ["--cache", cache])
 
 
 # ---- what came of it ----------------------------------------------------------------------------
@@ -163,6 +202,12 @@ def report(
     result["ratios"]["floor"] = round(warm_s / limits["floor_s"], 3)
     if STANDBY in starts:
         result["standby"] = summaries(starts[STANDBY])
+    for name in (FIRST, DIRECT):
+        if name in starts:
+            result[name] = summaries(starts[name])
+    if FIRST in starts and DIRECT in starts:
+        ratio = paired_ratio(starts[FIRST], starts[DIRECT], "ready_s")
+        result["ratios"]["first boot, of direct"] = ratio
     if COLD in starts:
         cold = summaries(starts[COLD])
         rate, num_bytes = limits["cold_read_1_bytes_per_s"], limits["num_bytes"]
@@ -174,7 +219,11 @@ def report(
 
 def table(result: dict[str, Any]) -> str:
     """Moments of each kind, then our phases, then the limits."""
-    kinds = {OURS: result, **{n: result[n] for n in (COLD, STANDBY) if n in result}, **result["vs"]}
+    kinds = {
+        OURS: result,
+        **{n: result[n] for n in (COLD, FIRST, DIRECT, STANDBY) if n in result},
+        **result["vs"],
+    }
     lines = [f"  {'':<30}{'median':>9}{'min':>9}{'max':>9}  s"]
     for kind, figures in kinds.items():
         for name in ("ports_open_s", "ready_s", "first_token_s"):

@@ -96,9 +96,10 @@ def _phase_sums(start: Start) -> dict[str, float]:
     return seconds
 
 
-def paired_ratio(theirs: Sequence[Start], ours: Sequence[Start]) -> float:
-    """Median of first token theirs / ours over the rounds that both ran: above 1, we are faster."""
-    name = "first_token_s"
+def paired_ratio(
+    theirs: Sequence[Start], ours: Sequence[Start], name: str = "first_token_s"
+) -> float:
+    """Median of a moment, theirs / ours, over the rounds that both ran: above 1, we are faster."""
     pairs = zip(theirs, ours, strict=False)
     return round(statistics.median(t.moments[name] / o.moments[name] for t, o in pairs), 3)
 

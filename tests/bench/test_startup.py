@@ -92,21 +92,53 @@ def test_kinds_alternate_and_stop_at_their_count() -> None:
     def kind(name: str) -> Any:
         return lambda: order.append(name) or _start(1.0)
 
-    starts = startup.alternated({n: kind(n) for n in "abc"}, {"a": 3, "b": 3, "c": 1})
+    starts: dict[str, list[Start]] = {n: [] for n in "abc"}
+    kinds = {n: kind(n) for n in "abc"}
+    assert not startup.alternate(kinds, {"a": 3, "b": 3, "c": 1}, starts)
     assert order == ["a", "b", "c", "b", "a", "a", "b"]
     assert {name: len(all_) for name, all_ in starts.items()} == {"a": 3, "b": 3, "c": 1}
 
 
+def test_an_interruption_keeps_what_was_measured() -> None:
+    def interrupted() -> Start:
+        if starts["a"]:
+            raise KeyboardInterrupt
+        return _start(1.0)
+
+    starts: dict[str, list[Start]] = {"a": []}
+    assert startup.alternate({"a": interrupted}, {"a": 3}, starts)
+    assert len(starts["a"]) == 1
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_are_not() -> None:
+    def fails() -> Start:
+        raise ConfigError("no token")
+
+    starts: dict[str, list[Start]] = {"pilotlight": [], "vllm": []}
+    kinds = {"pilotlight": lambda: _start(1.0), "vllm": fails}
+    assert not startup.alternate(kinds, {"pilotlight": 2, "vllm": 2}, starts)
+    assert [len(all_) for all_ in starts.values()] == [2, 0]
+    with pytest.raises(ConfigError):
+        startup.alternate({"pilotlight": fails}, {"pilotlight": 1}, starts)
+
+
 def test_the_report_has_every_part_and_a_table() -> None:
     span = Span("warm", 0.0, 0.7)
-    kinds = ("pilotlight", "cold", "standby", "transformers")
-    starts = {k: [_start(s, span)] for k, s in zip(kinds, (1.0, 3.0, 0.2, 4.0), strict=True)}
+    seconds = {
+        "pilotlight": 1.0,
+        "cold": 3.0,
+        "standby": 0.2,
+        "first boot": 3.0,
+        "direct load": 2.0,
+    }
+    starts = {kind: [_start(s, span)] for kind, s in seconds.items()}
     starts["transformers"] = [Start({"first_token_s": 4.0}, (span,))]
     result = json.loads(json.dumps(startup.report(starts, LIMITS, [0.0, 0.002])))
     assert result["first_token_s"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert result["phases"] == {"warm": 0.7}
     assert result["attributed"] == 0.9
-    assert result["ratios"] == {"transformers": 4.0, "floor": 2.0}
+    ratios = {"transformers": 4.0, "floor": 2.0, "first boot, of direct": 1.0}
+    assert result["ratios"] == ratios
     assert result["cold"]["resident_before"] == 0.002
     assert result["cold"]["ratio"] == 1.0
     assert result["standby"]["first_token_s"]["median"] == 0.2
