@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/src/*)
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/src/*) weights_cache/reader/reader.cpp
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fmt proto clean

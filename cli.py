@@ -283,6 +283,7 @@ def _add_bench(commands: Any) -> None:
         ),
         ("serving", "a server under load: latencies, errors, goodput"),
         ("startup", "process start to open ports, readiness, first token"),
+        ("loader", "an artefact's bytes to the device, against disk and copy engine"),
         ("kernels", "each operation against its reference"),
     ):
         kind = kinds.add_parser(name, help=text, add_help=False)

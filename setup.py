@@ -1,6 +1,6 @@
-"""Builds the package: the repository root is `pilotlight`, and CMake builds its native library.
+"""Builds the package: the repository root is `pilotlight`, and CMake builds its native libraries.
 
-The library is optional. Without a C++ compiler everything runs on the reference kernels, and
+They are optional. Without a C++ compiler everything runs on the reference kernels, and
 `pilotlight doctor` says what that costs.
 """
 
@@ -15,7 +15,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY_FOLDER = Path("kernels") / "cpu"
+KERNELS_FOLDER = Path("kernels") / "cpu"
+READER_FOLDER = Path("weights_cache") / "reader"
 FOLDERS = ("bench", "client", "demo", "engine", "kernels", "proto", "server", "weights_cache")
 
 
@@ -26,16 +27,19 @@ class CMakeBuild(build_ext):
         is_in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT if is_in_place else Path(self.build_lib).resolve() / "pilotlight"
         try:
-            self._build(package / LIBRARY_FOLDER)
+            self._build(package)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"warning: the native kernels were not built: {error}", file=sys.stderr)
+            print(f"warning: the native libraries were not built: {error}", file=sys.stderr)
             print("warning: install g++ and install again to have them", file=sys.stderr)
 
-    def _build(self, output: Path) -> None:
+    def _build(self, package: Path) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
-        output.mkdir(parents=True, exist_ok=True)
+        kernels, reader = package / KERNELS_FOLDER, package / READER_FOLDER
+        for folder in (kernels, reader):
+            folder.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        options = ["-DCMAKE_BUILD_TYPE=Release", f"-DPILOTLIGHT_OUTPUT_DIR={output}"]
+        folders = [f"-DPILOTLIGHT_OUTPUT_DIR={kernels}", f"-DPILOTLIGHT_READER_DIR={reader}"]
+        options = ["-DCMAKE_BUILD_TYPE=Release", *folders]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *options], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
 
@@ -59,6 +63,7 @@ setup(
         "pilotlight.demo": ["model/*", "README.md"],
         "pilotlight.proto": ["*.proto", "*.pyi"],
         "pilotlight.kernels.cpu": ["src/*"],
+        "pilotlight.weights_cache.reader": ["reader.cpp"],
     },
     ext_modules=[Extension("pilotlight.kernels.cpu.libpilotlight_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

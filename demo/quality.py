@@ -30,7 +30,7 @@ from ..engine.worker.kv_cache import KvPlan, allocate, block_bytes, cache_dtype
 from ..engine.worker.load import CPU, DTYPES, dtype_name
 from ..kernels.table import bind
 from ..weights_cache.manifest import read_manifest
-from ..weights_cache.stream import MappedWeights
+from ..weights_cache.stream.mapped import MappedWeights
 from .train import END, read_corpus
 
 BLOCK_SIZE = 16

@@ -28,14 +28,14 @@ logger = logging.getLogger("pilotlight.engine.build_artefact")
 
 def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
     """Starts it where the model came from its checkpoint and there is a cache to write to."""
-    is_wanted = bool(config.cache) and found.leased is None and found.target.device == "cpu"
-    if not is_wanted:
+    if not config.cache or found.leased is not None:
         return False
     if not Store(Path(config.cache)).is_writable:
         logger.info("no artefact is written: %s is read-only", config.cache)
         return False
     module = (sys.executable, "-m", "pilotlight.engine.build_artefact")
-    arguments = ("--cache", config.cache, "--dtype", found.target.dtype, str(found.folder))
+    target = ("--device", found.target.device, "--dtype", found.target.dtype)
+    arguments = ("--cache", config.cache, *target, str(found.folder))
     subprocess.Popen((*module, *arguments), stdin=subprocess.DEVNULL)
     return True
 
@@ -43,6 +43,7 @@ def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Started by an engine; see `pilotlight cache`.")
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     try:
-        built = build(Store(arguments.cache), arguments.folder, "cpu", arguments.dtype)
+        built = build(Store(arguments.cache), arguments.folder, arguments.device, arguments.dtype)
     except SetupError as error:
         logger.warning("no artefact was written: %s", error)
         return 1

@@ -14,17 +14,23 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..kernels.layout_names import LAYOUT_VERSION
+from ..weights_cache.arena import Arena
 from ..weights_cache.artefacts import LeasedArena
 from ..weights_cache.keys import artefact_key
 from ..weights_cache.manifest import Manifest, read_manifest
 from ..weights_cache.store import Store
 from ..weights_cache.verify import Verification
 from .config import EngineConfig
+from .host_memory import available_host_bytes
 from .models.config import ModelConfig, read_model_config
 from .models.names import check_tensors
 from .target import Target, choose_target
+
+if TYPE_CHECKING:
+    from ..weights_cache.reader.readers import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ class FoundWeights:
     key: str = ""
     verify: str = "off"
     verification: Verification | None = None
+    reader: Reader | None = None
+    """Of an artefact that goes to a device: at work from `start_moving` on."""
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +59,9 @@ class FoundWeights:
 
     def start_moving(self) -> None:
         """Brings the bytes in from storage, and hashes them as they come if asked to."""
-        if self.leased is None or self.verify == "off":
+        if self.leased is not None and self.target.device != "cpu":
+            self.reader = fill_ring(self.leased.arena)
+        elif self.leased is None or self.verify == "off":
             will_need([self.leased.path] if self.leased else weight_files(self.manifest))
         else:
             self.verification = self.leased.verification(on_failure=_told).start()
@@ -70,6 +80,8 @@ class FoundWeights:
     def close(self) -> None:
         if self.verification is not None:
             self.verification.stop()
+        if self.reader is not None:
+            self.reader.close()
         if self.leased is not None:
             self.leased.close()
 
@@ -83,7 +95,7 @@ def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     model, manifest = read_model_config(folder), read_manifest(folder)
     check_tensors(model, manifest)
     target = choose_target(config, model.checkpoint_dtype)
-    if not config.cache or target.device != "cpu":
+    if not config.cache:
         return FoundWeights(folder, model, manifest, target, "checkpoint (no cache)")
     store = Store(Path(config.cache))
     key = known_key(store, folder, manifest, target)
@@ -119,6 +131,17 @@ def key_of(digests: dict[str, str], folder: Path, target: Target) -> str:
 
 def weight_files(manifest: Manifest) -> list[Path]:
     return sorted({span.file for span in manifest.tensors.values()})
+
+
+def fill_ring(arena: Arena) -> Reader:
+    """Reads as much as may be in memory at once, before there is a device that takes it."""
+    from ..weights_cache.reader.direct import reads_direct
+    from ..weights_cache.reader.readers import start_reader
+    from ..weights_cache.reader.ring import Ring, num_slots
+
+    chunk_bytes = arena.header.chunk_bytes
+    slots = num_slots(arena.num_bytes, chunk_bytes, available_host_bytes())
+    return start_reader(arena, Ring(slots, chunk_bytes), reads_direct(arena))
 
 
 def will_need(files: list[Path]) -> None:

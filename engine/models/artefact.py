@@ -17,9 +17,8 @@ from ...kernels.layout_names import PANEL16, PLAIN, stored_shape
 from ...weights_cache.arena import TensorSpec
 from ...weights_cache.arena_writer import ArenaWriter
 from ...weights_cache.store import Store
-from ...weights_cache.stream import MappedWeights
+from ...weights_cache.stream.mapped import MappedWeights
 from ..config import EngineConfig
-from ..errors import ConfigError
 from ..found_weights import FoundWeights, find_weights, key_of, weight_files
 from .recipes import Recipe, recipes
 from .weights import Preparer
@@ -51,8 +50,6 @@ def build(
 ) -> Built:
     """Builds the artefact, or finds that it is there. Raises SetupError."""
     found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype), folder)
-    if found.target.device != "cpu":
-        raise ConfigError("--device cuda: artefacts are built for CPUs only so far")
     key = key_of(_digests(store, found, on_bytes), folder, found.target)
     specs = [_spec(recipe, found.target.dtype) for recipe in _recipes(found)]
     about = {"architecture": found.model.architecture, "source": str(folder.resolve())}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.layouts import pack, pack_paired
-from ...weights_cache.stream import MappedWeights
+from ...weights_cache.stream.mapped import MappedWeights
 from ..messages import WeightsFacts
 from .config import ModelConfig
 from .recipes import Recipe, recipes

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from msgspec.structs import replace
 
 from ...kernels.table import Kernels, bind
-from ...weights_cache.stream import MappedArena, MappedWeights
+from ...weights_cache.artefacts import LeasedArena
+from ...weights_cache.stream.mapped import MappedArena, MappedWeights
 from ..boot_report import BootReport
 from ..config import EngineConfig
-from ..errors import ConfigError
+from ..errors import BadArtefact, ConfigError
 from ..found_weights import FoundWeights
 from ..last_plan import read_plan
 from ..messages import ModelFacts, WeightsFacts
@@ -25,6 +27,10 @@ from ..models.weights import ModelWeights, Preparer, assemble
 from ..speculation import MAX_STEP_ROWS
 from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
 from .runner import Runner
+
+if TYPE_CHECKING:
+    from ...weights_cache.reader.readers import Reader
+    from ...weights_cache.stream.device import DeviceArena
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,7 +74,10 @@ def _weights(
 ) -> tuple[ModelWeights, WeightsFacts]:
     total, layout = found.num_bytes, found.target.layout
     report("load_weights", 0, total, found.origin)
-    if found.leased is not None:
+    if found.leased is not None and found.reader is not None:
+        arena, facts = _copied(found, found.leased, found.reader, device, report)
+        weights = assemble(found.model, layout, lambda recipe: arena.tensor(recipe.name))
+    elif found.leased is not None:
         mapped = MappedArena(found.leased.arena)
         weights = assemble(found.model, layout, lambda recipe: mapped.tensor(recipe.name))
         facts = WeightsFacts("artefact", mapped_bytes=total)
@@ -84,6 +93,37 @@ def _weights(
         facts = prepared.facts(time.monotonic() - began_s)
     report("load_weights", total, total, found.origin)
     return weights, facts
+
+
+def _copied(
+    found: FoundWeights,
+    leased: LeasedArena,
+    reader: Reader,
+    device: torch.device,
+    report: BootReport,
+) -> tuple[DeviceArena, WeightsFacts]:
+    """The artefact in the device's memory. Raises BadArtefact, and nobody finds it again."""
+    from ...weights_cache.stream.copiers import copier_for
+    from ...weights_cache.stream.device import DeviceArena
+
+    total = found.num_bytes
+    try:
+        arena = DeviceArena(
+            leased.arena,
+            reader,
+            copier_for(device),
+            lambda done: report("load_weights", done, total, found.origin),
+            verifies=found.verify != "off",
+        )
+    except BadArtefact:
+        leased.condemn()
+        raise
+    return arena, WeightsFacts(
+        "artefact",
+        copied_bytes=total,
+        verified_bytes=total if found.verify != "off" else 0,
+        copy_bytes_per_s=total / arena.copied_s,
+    )
 
 
 def checked_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from pilotlight.bench.make_model import write_model
 from pilotlight.engine.boot import Booted, boot
 from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
+from pilotlight.engine.found_weights import FoundWeights, fill_ring
 from pilotlight.engine.models import artefact
 from pilotlight.tests.models.checkpoints import engine_tokens, prompt_of
 from pilotlight.weights_cache.store import Store
@@ -103,6 +104,41 @@ def _logits(cached: Cached, booted: Booted) -> list[Tensor]:
     sampler.sample = noted
     cached.tokens(booted)
     return seen
+
+
+@pytest.fixture
+def through_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a device that is not the processor."""
+
+    def start_moving(found: FoundWeights) -> None:
+        found.reader = fill_ring(found.leased.arena) if found.leased else None
+
+    monkeypatch.setattr(FoundWeights, "start_moving", start_moving)
+
+
+@pytest.mark.usefixtures("through_a_ring")
+def test_copied_through_a_ring_it_is_the_same_model(cached: Cached) -> None:
+    wanted = cached.tokens(cached.boot(cache=False))
+    cached.build()
+    booted = cached.boot()
+    weights = booted.facts.weights
+    assert (weights.source, weights.mapped_bytes) == ("artefact", 0)
+    assert weights.copied_bytes == weights.verified_bytes == booted.weights.num_bytes
+    assert cached.tokens(booted) == wanted
+    booted.close()
+
+
+@pytest.mark.usefixtures("through_a_ring")
+def test_damage_is_found_in_the_ring_and_the_checkpoint_serves(cached: Cached) -> None:
+    path = cached.build().path
+    data = bytearray(path.read_bytes())
+    data[-(len(data) // 4)] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    booted = cached.boot()
+    assert booted.facts.artefact == "checkpoint (no artefact yet)"
+    booted.close()
+    assert Store(cached.cache).arenas() == []
 
 
 def test_building_again_finds_it(cached: Cached) -> None:

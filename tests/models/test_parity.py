@@ -25,7 +25,7 @@ from pilotlight.tests.models.checkpoints import (
     reference_tokens,
 )
 from pilotlight.weights_cache.manifest import read_manifest
-from pilotlight.weights_cache.stream import MappedWeights
+from pilotlight.weights_cache.stream.mapped import MappedWeights
 from torch import Tensor
 from transformers import PreTrainedModel
 

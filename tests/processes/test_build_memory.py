@@ -68,7 +68,15 @@ def test_a_build_fits_where_a_copy_of_the_model_does_not(tmp_path: Path) -> None
     num_bytes = _write_sparse_checkpoint(tmp_path / "model")
     assert num_bytes > LIMIT_BYTES
     module = (sys.executable, "-m", "pilotlight.engine.build_artefact")
-    arguments = ("--cache", tmp_path / "cache", "--dtype", "bfloat16", tmp_path / "model")
+    arguments = (
+        "--cache",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+        tmp_path / "model",
+    )
     built = subprocess.run(
         (*module, *arguments),
         check=False,

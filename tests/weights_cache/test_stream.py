@@ -10,7 +10,7 @@ import pytest
 import torch
 from pilotlight.bench.make_model import write_model
 from pilotlight.weights_cache.manifest import INDEX_NAME, SINGLE_NAME, read_manifest
-from pilotlight.weights_cache.stream import TORCH_DTYPES, MappedWeights
+from pilotlight.weights_cache.stream.mapped import TORCH_DTYPES, MappedWeights
 from safetensors.torch import load_file, save_file
 
 

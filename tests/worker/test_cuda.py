@@ -11,7 +11,9 @@ from pilotlight.engine.boot import boot
 from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.messages import Submit
+from pilotlight.engine.models.artefact import build
 from pilotlight.engine.sampling_params import SamplingParams
+from pilotlight.weights_cache.store import Store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +50,17 @@ def _greedy(folder: Path, device: str) -> dict[str, list[int]]:
 def test_tokens_are_those_of_the_cpu(shape: str, tmp_path: Path) -> None:
     write_model(shape, tmp_path, dtype="float32")
     assert _greedy(tmp_path, "cuda") == _greedy(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name", TINY[:2])
+def test_an_artefact_goes_to_the_device_through_the_ring(name: str, tmp_path: Path) -> None:
+    folder = write_model(name, tmp_path / "model", dtype="float32")
+    build(Store(tmp_path / "cache"), folder, "cuda", "float32")
+    config = EngineConfig(
+        model=str(folder), device="cuda", dtype="float32", kv_cache_bytes=8 << 20,
+        max_num_seqs=4, max_batched_tokens=16, max_model_len=200, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    booted = boot(config, Unheard(), lambda: None)
+    assert booted.facts.weights.copied_bytes == booted.facts.weights.verified_bytes > 0
+    assert booted.facts.artefact == "artefact"
+    booted.close()

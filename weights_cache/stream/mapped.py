@@ -1,6 +1,6 @@
 """Tensors out of a checkpoint's files, without a copy: views of read-only mappings.
 
-The only module of this package that knows torch.
+Where the processor computes, nothing needs to move.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .arena import Arena
-from .manifest import Manifest, TensorSpan
+from ..arena import Arena
+from ..manifest import Manifest, TensorSpan
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,6 +32,8 @@ class MappedArena:
     def tensor(self, name: str) -> torch.Tensor:
         stored = self._arena.tensors[name]
         dtype = TORCH_DTYPES[stored.dtype]
+        if stored.num_bytes == 0:
+            return torch.empty(stored.shape, dtype=dtype)
         num_items = stored.num_bytes // dtype.itemsize
         return _view(self._mapping, dtype, num_items, stored.offset).view(stored.shape)
 

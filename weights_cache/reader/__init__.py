@@ -1,0 +1,1 @@
+"""Brings a file's bytes into a ring of slots, by threads that need no interpreter."""
