@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -148,14 +149,14 @@ def kinds_of_start(
 def alternate(
     kinds: dict[str, Callable[[], Start]], counts: dict[str, int], starts: dict[str, list[Start]]
 ) -> bool:
-    """Rounds in which each kind starts once, every second round backwards; `starts` takes them.
+    """Rounds in which each kind starts once; `starts` takes them. True: it was interrupted.
 
-    Returns whether it was interrupted.
+    In another order each round: what a start finds of memory depends on the one before it.
     """
     failed: set[str] = set()
     try:
         for number in range(max(counts.values())):
-            for name in list(kinds)[:: -1 if number % 2 else 1]:
+            for name in random.Random(number).sample(list(kinds), len(kinds)):
                 if number < counts[name] and name not in failed:
                     _start(name, kinds[name], starts[name], counts[name], failed)
     except KeyboardInterrupt:
