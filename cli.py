@@ -276,6 +276,7 @@ def _add_bench(commands: Any) -> None:
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     for name, text in (
         ("throughput", "the engine alone: token ids in, tokens per second out"),
+        ("compare", "our engine and others on the same cases, in turn"),
         ("step", "where a decode step's time goes: kernels, and everything between them"),
         (
             "speculation",

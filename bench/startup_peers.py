@@ -50,16 +50,27 @@ def chosen_peers(names: str) -> list[Peer]:
 
 def command_of(peer: Peer, pythons: Mapping[str, str], model: Path) -> list[str]:
     """ConfigError where the interpreter is not there or does not have the peer."""
-    python = shutil.which(pythons.get(peer.name, "python3"))
-    find = "import sys, importlib.util as u; sys.exit(u.find_spec(sys.argv[1]) is None)"
-    if python is None or subprocess.run([python, "-c", find, peer.module]).returncode != 0:
-        raise ConfigError(
-            f"--vs {peer.name}: {python or pythons.get(peer.name, 'python3')} does not have"
-            f" {peer.module}; name an interpreter that does: --peer-python {peer.name}=PYTHON"
-        )
+    python = python_of(peer, pythons)
+    check_has(peer, python)
     folder = converted(python, model) if peer.name == "openvino" else model
     driver = DRIVERS / f"with_{peer.name}.py"
     return ["env", "-u", "PYTHONPATH", *peer.variables, python, str(driver), str(folder)]
+
+
+def python_of(peer: Peer, pythons: Mapping[str, str]) -> str:
+    """The interpreter that was named for the peer, as a path where there is one."""
+    named = pythons.get(peer.name, "python3")
+    return shutil.which(named) or named
+
+
+def check_has(peer: Peer, python: str) -> None:
+    find = "import sys, importlib.util as u; sys.exit(u.find_spec(sys.argv[1]) is None)"
+    is_there = shutil.which(python) is not None
+    if not is_there or subprocess.run([python, "-c", find, peer.module]).returncode != 0:
+        raise ConfigError(
+            f"--vs {peer.name}: {python} does not have {peer.module}; name an interpreter that "
+            f"does: --peer-python {peer.name}=PYTHON"
+        )
 
 
 def converted(python: str, model: Path) -> Path:
