@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .engine.host_cpus import usable_cpus
 from .engine.lean_torch import has_cuda_driver
 from .engine.worker.load import dtype_name
 from .engine.worker.memory import available_bytes
@@ -84,7 +85,9 @@ def devices() -> list[Finding]:
         name = torch.cuda.get_device_name(device)
         return [Finding("device", "auto", f"cuda: {name}", "a usable CUDA device was found")]
     why = "this torch has no CUDA" if torch.version.cuda is None else "no usable CUDA device"
-    threads = Finding("device", "threads", str(torch.get_num_threads()), "torch's choice")
+    num_threads = min(torch.get_num_threads(), usable_cpus())
+    why_so_many = "one for each core that may be used"
+    threads = Finding("device", "threads", str(num_threads), why_so_many)
     return [Finding("device", "auto", "cpu", why), threads]
 
 

@@ -148,7 +148,7 @@ OPTIONS = (
     Option(
         "num_threads",
         "model",
-        "CPU threads of the engine; 0: as many as torch chooses",
+        "CPU threads of the engine; 0: one for each core that this process, or its cgroup, may use",
         "N",
         high=4096,
     ),

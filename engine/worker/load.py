@@ -20,6 +20,7 @@ from ..boot_report import BootReport
 from ..config import EngineConfig
 from ..errors import BadArtefact, ConfigError
 from ..found_weights import FoundWeights
+from ..host_cpus import usable_cpus
 from ..last_plan import read_plan
 from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
@@ -140,8 +141,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _set_threads(num_threads: int, device: torch.device) -> None:
-    if num_threads > 0 and device.type == "cpu":
-        torch.set_num_threads(num_threads)
+    """0: as torch chooses, which is one for each core, but no more than may run at once."""
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_cpus()))
 
 
 def _facts(
