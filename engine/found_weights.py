@@ -26,7 +26,7 @@ from ..weights_cache.verify import Verification
 from .config import EngineConfig
 from .host_memory import available_host_bytes
 from .models.config import ModelConfig, read_model_config
-from .models.names import check_tensors
+from .models.names import check_tensors, find_quantized
 from .target import Target, choose_target
 
 if TYPE_CHECKING:
@@ -92,13 +92,14 @@ def _told(error: Exception) -> None:
 
 def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     """Raises CheckpointError or UnsupportedModel: the checkpoint is looked at in any case."""
-    model, manifest = read_model_config(folder), read_manifest(folder)
+    manifest = read_manifest(folder)
+    model = find_quantized(read_model_config(folder), manifest)
     check_tensors(model, manifest)
     target = choose_target(config, model.checkpoint_dtype)
     if not config.cache:
         return FoundWeights(folder, model, manifest, target, "checkpoint (no cache)")
     store = Store(Path(config.cache))
-    key = known_key(store, folder, manifest, target)
+    key = known_key(store, folder, model, manifest, target)
     leased = store.find_arena(key) if key else None
     found = FoundWeights(folder, model, manifest, target, "checkpoint (no artefact yet)")
     if key and leased:
@@ -107,7 +108,9 @@ def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     return found
 
 
-def known_key(store: Store, folder: Path, manifest: Manifest, target: Target) -> str | None:
+def known_key(
+    store: Store, folder: Path, model: ModelConfig, manifest: Manifest, target: Target
+) -> str | None:
     """The artefact's name, if every file of the checkpoint was hashed before."""
     digests: dict[str, str] = {}
     for file in weight_files(manifest):
@@ -115,15 +118,15 @@ def known_key(store: Store, folder: Path, manifest: Manifest, target: Target) ->
         if digest is None:
             return None
         digests[file.name] = digest
-    return key_of(digests, folder, target)
+    return key_of(digests, folder, model, target)
 
 
-def key_of(digests: dict[str, str], folder: Path, target: Target) -> str:
+def key_of(digests: dict[str, str], folder: Path, model: ModelConfig, target: Target) -> str:
     return artefact_key(
         digests,
         config_digest=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         dtype=target.dtype,
-        quantisation="none",
+        quantisation=str(model.quantization or "none"),
         layout_version=LAYOUT_VERSION,
         target=target.name,
     )

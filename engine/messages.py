@@ -127,6 +127,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     artefact: str = ""
     """Where the weights came from: cached, or the checkpoint and why."""
     weights: WeightsFacts = WeightsFacts()
+    quantisation: str = ""
+    """How the checkpoint's matrices are quantised; empty: they are not."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "packed_linear": ("cpu", "reference"),
     "packed_gate_up": ("cpu", "reference"),
     "packed_embedding": ("cpu", "reference"),
+    "quantized_linear": ("cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
 
@@ -49,6 +50,7 @@ class Kernels:
     packed_linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     packed_gate_up: Callable[[Tensor, Tensor], Tensor]
     packed_embedding: Callable[[Tensor, Tensor, int, int], Tensor]
+    quantized_linear: Callable[..., Tensor]
     choices: dict[str, str]
 
 

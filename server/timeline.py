@@ -56,6 +56,7 @@ def startup_json(status: EngineStatus, state: str, elapsed_s: float) -> dict[str
         "weights": msgspec.structs.asdict(status.facts.weights) if status.facts else {},
         "attributed": round(status.attributed, 4),
         "kv_cache_dtype": status.facts.kv_cache_dtype if status.facts else "",
+        "quantisation": status.facts.quantisation if status.facts else "",
         "num_restarts": status.num_restarts,
         "phases": [_span_json(span) for span in status.phases],
         "beside": [{**_span_json(span), "lane": span.lane} for span in status.beside],

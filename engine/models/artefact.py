@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels.layout_names import PANEL16, PLAIN, stored_shape
+from ...kernels.layout_names import PANEL16, PLAIN, quantized_shapes, stored_shape
 from ...weights_cache.arena import TensorSpec
 from ...weights_cache.arena_writer import ArenaWriter
 from ...weights_cache.store import Store
 from ...weights_cache.stream.mapped import MappedWeights
 from ..config import EngineConfig
 from ..found_weights import FoundWeights, find_weights, key_of, weight_files
+from .names import expected_tensors
+from .quantization import Scheme
 from .recipes import Recipe, recipes
 from .weights import Preparer
 
@@ -50,7 +52,7 @@ def build(
 ) -> Built:
     """Builds the artefact, or finds that it is there. Raises SetupError."""
     found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype), folder)
-    key = key_of(_digests(store, found, on_bytes), folder, found.target)
+    key = key_of(_digests(store, found, on_bytes), folder, found.model, found.target)
     specs = [_spec(recipe, found.target.dtype) for recipe in _recipes(found)]
     about = {"architecture": found.model.architecture, "source": str(folder.resolve())}
     total = sum(spec.num_bytes for spec in specs)
@@ -82,6 +84,8 @@ def _after(on_bytes: OnBytes, before: int, total: int, num_bytes: int) -> None:
 
 
 def _spec(recipe: Recipe, dtype: str) -> TensorSpec:
+    if recipe.scheme is not None:
+        return _integers_spec(recipe, recipe.scheme)
     torch_dtype, name = DTYPES[dtype]
     shape = recipe.shape
     if recipe.layout != PLAIN:
@@ -91,9 +95,22 @@ def _spec(recipe: Recipe, dtype: str) -> TensorSpec:
     return TensorSpec(recipe.name, name, shape, recipe.layout, recipe.section, num_bytes)
 
 
+def _integers_spec(recipe: Recipe, scheme: Scheme) -> TensorSpec:
+    """Of a quantised matrix: words and order are int32, scales and zero points fp32."""
+    rows, columns = recipe.shape
+    words, groups = quantized_shapes(scheme.bits, scheme.group_len(columns), rows, columns)
+    shape = {"words": words, "order": (columns,)}.get(recipe.role, groups)
+    name = "I32" if recipe.role in ("words", "order") else "F32"
+    num_bytes = 4 * torch.Size(shape).numel()
+    return TensorSpec(recipe.name, name, shape, recipe.layout, recipe.section, num_bytes)
+
+
 def _write(writer: ArenaWriter, found: FoundWeights, report: Callable[[], None]) -> None:
     prepare = Preparer(
-        MappedWeights(found.manifest), torch.device("cpu"), DTYPES[found.target.dtype][0]
+        MappedWeights(found.manifest),
+        torch.device("cpu"),
+        DTYPES[found.target.dtype][0],
+        biases=expected_tensors(found.model),
     )
     with torch.inference_mode():
         for recipe in _recipes(found):

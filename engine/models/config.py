@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModel
+from .quantization import Quantization, Scheme, read_quantization
 from .rope import RopeScaling, read_rope
 
 ARCHITECTURES = (
@@ -50,6 +51,16 @@ class ModelConfig:
     """Per layer: how many keys a query sees, itself included; 0 means all."""
     checkpoint_dtype: str
     eos_token_ids: tuple[int, ...] = field(default=())
+    quantization: Quantization | None = None
+    """As the configuration describes it; which matrices it is of, the weights say."""
+    quantized: frozenset[str] = frozenset()
+    """Those modules; see `names.find_quantized`."""
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """None: the module has floats."""
+        if self.quantization is None or module not in self.quantized:
+            return None
+        return self.quantization.scheme_of(module)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -66,7 +77,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     reader = ConfigReader(_read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     extra = _read_json(generation) if generation.is_file() else {}
-    return _model_config(reader, _eos_token_ids(extra) or _eos_token_ids(reader.content))
+    quantization = read_quantization(reader.content, folder)
+    eos_token_ids = _eos_token_ids(extra) or _eos_token_ids(reader.content)
+    return _model_config(reader, eos_token_ids, quantization)
 
 
 class ConfigReader:
@@ -112,7 +125,9 @@ class ConfigReader:
             )
 
 
-def _model_config(reader: ConfigReader, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+def _model_config(
+    reader: ConfigReader, eos_token_ids: tuple[int, ...], quantization: Quantization | None
+) -> ModelConfig:
     architecture = _architecture(reader)
     _refuse_what_is_not_implemented(reader)
     hidden_size = reader.integer("hidden_size")
@@ -145,6 +160,7 @@ def _model_config(reader: ConfigReader, eos_token_ids: tuple[int, ...]) -> Model
         sliding_windows=_sliding_windows(reader, architecture, num_layers),
         checkpoint_dtype=str(reader.get("dtype") or reader.get("torch_dtype") or "float32"),
         eos_token_ids=eos_token_ids,
+        quantization=quantization,
     )
 
 
@@ -162,11 +178,6 @@ def _refuse_what_is_not_implemented(reader: ConfigReader) -> None:
     reader.only("hidden_act", "silu", "silu")
     reader.only("partial_rotary_factor", 1.0, 1.0)
     reader.only("pretraining_tp", 1, 1)
-    for key in ("quantization_config", "compression_config"):
-        if reader.get(key) is not None:
-            value = reader.get(key)
-            method = value.get("quant_method", "unnamed") if isinstance(value, dict) else value
-            raise UnsupportedModel(f"config.json: {key} ({method}) is not supported yet")
     if reader.get("auto_map") is not None:
         raise UnsupportedModel("config.json: auto_map asks to run code from the checkpoint")
 

@@ -17,7 +17,7 @@ from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.table import Kernels
 from .config import ModelConfig
 from .rope import inverse_frequencies
-from .weights import LayerWeights, Linear, ModelWeights
+from .weights import LayerWeights, Linear, Matrix, ModelWeights, QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,21 @@ class Decoder:
 
     def _linear(self, x: Tensor, linear: Linear) -> Tensor:
         weight = linear.weight
+        if isinstance(weight, QuantizedMatrix):
+            groups = weight.scales, weight.zeros, weight.order
+            sizes = weight.scheme.bits, weight.scheme.group_len(weight.num_inputs)
+            return self._kernels.quantized_linear(
+                x, weight.words, *groups, linear.bias, *sizes, weight.num_outputs
+            )
         if weight.layout == PLAIN:
             return self._kernels.linear(x, weight.data, linear.bias)
         return self._kernels.packed_linear(x, weight.data, linear.bias, weight.num_outputs)
 
     def _gated(self, x: Tensor, gate_up: Linear) -> Tensor:
         """silu(gate) * up."""
-        if gate_up.weight.layout.endswith(PAIRED):
-            return self._kernels.packed_gate_up(x, gate_up.weight.data)
+        weight = gate_up.weight
+        if isinstance(weight, Matrix) and weight.layout.endswith(PAIRED):
+            return self._kernels.packed_gate_up(x, weight.data)
         return self._kernels.silu_mul(self._linear(x, gate_up))
 
 

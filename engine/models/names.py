@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ...weights_cache.manifest import Manifest
 from ..errors import CheckpointError
 from .config import ModelConfig
+from .quantization import shapes_of
 
+INTEGERS = (".qweight", ".qzeros", ".g_idx")
+FLOATS = ("F32", "F16", "BF16")
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 """Constants that older writers stored; they follow from config.json."""
+
+
+def find_quantized(config: ModelConfig, manifest: Manifest) -> ModelConfig:
+    """With the modules that have integers. Raises CheckpointError where nothing explains them."""
+    suffix = ".qweight"
+    found = frozenset(n.removesuffix(suffix) for n in manifest.tensors if n.endswith(suffix))
+    if found and config.quantization is None:
+        raise CheckpointError(
+            f"the weights hold {min(found)}{suffix}, but neither config.json nor "
+            "quantize_config.json says how it is quantised"
+        )
+    return replace(config, quantized=found)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -24,8 +40,20 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         expected |= _layer_tensors(config, f"model.layers.{i}.")
     expected["model.norm.weight"] = (hidden,)
     if not config.is_tied:
-        expected["lm_head.weight"] = (vocab, hidden)
+        expected |= matrix_tensors(config, "lm_head", vocab, hidden)
     return expected
+
+
+def matrix_tensors(
+    config: ModelConfig, module: str, rows: int, columns: int
+) -> dict[str, tuple[int, ...]]:
+    scheme = config.scheme_of(module)
+    if scheme is None:
+        return {f"{module}.weight": (rows, columns)}
+    shapes = shapes_of(module, scheme, rows, columns)
+    if scheme.has_order:
+        shapes[f"{module}.g_idx"] = (columns,)
+    return shapes
 
 
 def _layer_tensors(config: ModelConfig, layer: str) -> dict[str, tuple[int, ...]]:
@@ -45,7 +73,7 @@ def _layer_tensors(config: ModelConfig, layer: str) -> dict[str, tuple[int, ...]
         f"{layer}post_attention_layernorm.weight": (hidden,),
     }
     for name, (rows, columns, has_bias) in linears.items():
-        shapes[f"{layer}{name}.weight"] = (rows, columns)
+        shapes |= matrix_tensors(config, f"{layer}{name}", rows, columns)
         if has_bias:
             shapes[f"{layer}{name}.bias"] = (rows,)
     if config.has_qk_norm:
@@ -71,8 +99,11 @@ def _check_present(expected: Mapping[str, tuple[int, ...]], manifest: Manifest) 
             raise CheckpointError(
                 f"{name} has the shape {list(span.shape)}; config.json implies {list(shape)}"
             )
-        if span.dtype not in ("F32", "F16", "BF16"):
-            raise CheckpointError(f"{name} has the dtype {span.dtype}; F32, F16 or BF16 is needed")
+        wanted = ("I32",) if name.endswith(INTEGERS) else FLOATS
+        if span.dtype not in wanted:
+            raise CheckpointError(
+                f"{name} has the dtype {span.dtype}; {' or '.join(wanted)} is needed"
+            )
 
 
 def _check_unknown(
@@ -80,6 +111,8 @@ def _check_unknown(
 ) -> None:
     # Writers of tied models often store the shared matrix a second time.
     harmless = {"lm_head.weight"} if config.is_tied else set()
+    # GPTQ: an order that is the natural one, and biases of zeros; both are looked at when loaded.
+    harmless |= {f"{module}.{part}" for module in config.quantized for part in ("g_idx", "bias")}
     unknown = [
         name
         for name in manifest.tensors

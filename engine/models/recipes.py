@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...kernels.layout_names import PAIRED, PANEL, PLAIN
+from ...kernels.layout_names import INT4, INT8, PAIRED, PANEL, PLAIN
+from ..errors import UnsupportedModel
 from .config import ModelConfig
+from .quantization import Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """`parts` of the checkpoint one below the other, in `layout`; `shape` is that of the stack.
 
-    Tensors of one `section` lie together in an artefact.
+    Tensors of one `section` lie together in an artefact. A quantised matrix is up to four tensors,
+    each made from its `parts`, which are then modules: `role` says which, `scheme` how.
     """
 
     name: str
@@ -25,6 +28,9 @@ class Recipe:
     shape: tuple[int, ...]
     layout: str
     section: str
+    role: str = ""
+    """words, scales, zeros or order; empty: floats."""
+    scheme: Scheme | None = None
 
 
 def recipes(config: ModelConfig, layout: str) -> list[Recipe]:
@@ -35,9 +41,38 @@ def recipes(config: ModelConfig, layout: str) -> list[Recipe]:
         found += _layer(config, index, layout)
     norm = ("model.norm.weight",)
     found.append(Recipe("norm", norm, (config.hidden_size,), PLAIN, "head"))
-    if not config.is_tied:
+    head = quantized(config, "head", ("lm_head",), vocab, "head")
+    if head:
+        found += head
+    elif not config.is_tied:
         found.append(Recipe("head", ("lm_head.weight",), vocab, layout, "head"))
     return found
+
+
+def quantized(
+    config: ModelConfig, name: str, modules: tuple[str, ...], shape: tuple[int, int], section: str
+) -> list[Recipe]:
+    """The tensors of a quantised matrix; none where its modules have floats.
+
+    Raises UnsupportedModel where modules that are computed together are not quantised alike.
+    """
+    schemes = [config.scheme_of(module) for module in modules]
+    first = schemes[0]
+    for module, scheme in zip(modules, schemes, strict=True):
+        if scheme != first:
+            raise UnsupportedModel(
+                f"{modules[0]} is {first or 'not quantised'}, {module} is "
+                f"{scheme or 'not quantised'}: they are computed together and must be alike"
+            )
+    if first is None:
+        return []
+    roles = ["words", "scales"]
+    roles += [] if first.is_symmetric else ["zeros"]
+    roles += ["order"] if first.has_order else []
+    layout = INT4 if first.bits == 4 else INT8
+    return [
+        Recipe(f"{name}.{role}", modules, shape, layout, section, role, first) for role in roles
+    ]
 
 
 def _layer(config: ModelConfig, index: int, layout: str) -> Iterator[Recipe]:
@@ -71,7 +106,9 @@ def _layer(config: ModelConfig, index: int, layout: str) -> Iterator[Recipe]:
         yield vector("k_norm", f"{attention}k_norm.weight", size=config.head_dim)
     yield vector("post_norm", f"{prefix}post_attention_layernorm.weight", size=hidden)
     for name, modules, rows, columns, has_bias in linears:
-        yield matrix(name, modules, rows, columns)
+        at = f"{section}.{name}"
+        integers = quantized(config, at, modules, (rows, columns), section)
+        yield from integers or [matrix(name, modules, rows, columns)]
         if has_bias:
             yield bias(name, modules, rows)
 

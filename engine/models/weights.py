@@ -5,7 +5,7 @@ Knows recipes, checkpoints' tensors and layouts; knows no files of the cache and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.layouts import pack, pack_paired
 from ...weights_cache.stream.mapped import MappedWeights
+from ..errors import CheckpointError
 from ..messages import WeightsFacts
+from . import gptq
 from .config import ModelConfig
+from .quantization import Scheme
 from .recipes import Recipe, recipes
 
 
@@ -30,10 +33,23 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """[num_outputs, num_inputs] of integers; see kernels/quantized.py for the tensors."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    scheme: Scheme
+    num_outputs: int
+    num_inputs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """bias: [num_outputs] or None."""
 
-    weight: Matrix
+    weight: Matrix | QuantizedMatrix
     bias: Tensor | None
 
 
@@ -54,7 +70,7 @@ class ModelWeights:
     embedding: Matrix
     layers: list[LayerWeights]
     norm: Tensor
-    head: Matrix
+    head: Matrix | QuantizedMatrix
 
 
 class Preparer:
@@ -69,7 +85,10 @@ class Preparer:
         device: torch.device,
         dtype: torch.dtype,
         report: Callable[[int], None] = lambda num_bytes: None,
+        biases: Collection[str] = (),
     ) -> None:
+        """`biases`: names of those that the network has."""
+        self._biases = biases
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -89,11 +108,52 @@ class Preparer:
         )
 
     def __call__(self, recipe: Recipe) -> Tensor:
+        if recipe.scheme is not None:
+            return self._integers(recipe, recipe.scheme)
         parts = [self._source.tensor(name) for name in recipe.parts]
         tensor = self._made(recipe, parts)
         self._num_bytes += sum(part.nbytes for part in parts)
         self._report(self._num_bytes)
         return tensor
+
+    def _integers(self, recipe: Recipe, scheme: Scheme) -> Tensor:
+        """One tensor of a quantised matrix; `parts` are its modules."""
+        modules = recipe.parts
+
+        def part(name: str) -> list[Tensor]:
+            found = [self._source.tensor(f"{module}.{name}") for module in modules]
+            self._num_bytes += sum(t.nbytes for t in found)
+            return found
+
+        match recipe.role:
+            case "words":
+                self._check_beside(modules, scheme)
+                tensor = gptq.words(part("qweight"), self._order(modules, scheme), scheme)
+            case "scales":
+                tensor = gptq.scales(part("scales"))
+            case "zeros":
+                tensor = gptq.zeros(part("qzeros"), scheme)
+            case _:
+                order = self._order(modules, scheme)
+                assert order is not None
+                tensor = order
+        self._report(self._num_bytes)
+        return self._copied(tensor.to(self._device))
+
+    def _order(self, modules: tuple[str, ...], scheme: Scheme) -> Tensor | None:
+        found = {module: self._source.find(f"{module}.g_idx") for module in modules}
+        return gptq.common_order({m: g for m, g in found.items() if g is not None}, scheme)
+
+    def _check_beside(self, modules: tuple[str, ...], scheme: Scheme) -> None:
+        """What is in the files and not needed must be what it is taken for."""
+        for module in modules:
+            if scheme.is_symmetric:
+                gptq.check_symmetric(module, self._source.tensor(f"{module}.qzeros"), scheme)
+            bias = self._source.find(f"{module}.bias")
+            if bias is not None and f"{module}.bias" not in self._biases and bias.any():
+                raise CheckpointError(
+                    f"{module}.bias is not zero, but by config.json this module has none"
+                )
 
     def _made(self, recipe: Recipe, parts: list[Tensor]) -> Tensor:
         if recipe.layout.endswith(PAIRED):
@@ -139,8 +199,16 @@ def assemble(config: ModelConfig, layout: str, get: Callable[[Recipe], Tensor]) 
         recipe, data = found[name]
         return Matrix(data, recipe.layout, *recipe.shape)
 
+    def integers(name: str) -> QuantizedMatrix:
+        recipe, words = found[f"{name}.words"]
+        assert recipe.scheme is not None
+        tensors = words, present(f"{name}.scales"), vector(f"{name}.zeros"), vector(f"{name}.order")
+        return QuantizedMatrix(*tensors, recipe.scheme, *recipe.shape)
+
     def linear(name: str) -> Linear:
-        return Linear(matrix(f"{name}.weight"), vector(f"{name}.bias"))
+        is_quantized = f"{name}.words" in found
+        weight = integers(name) if is_quantized else matrix(f"{name}.weight")
+        return Linear(weight, vector(f"{name}.bias"))
 
     def layer(index: int) -> LayerWeights:
         at = f"layers.{index}."
@@ -157,5 +225,9 @@ def assemble(config: ModelConfig, layout: str, get: Callable[[Recipe], Tensor]) 
 
     layers = [layer(index) for index in range(config.num_layers)]
     embedding = matrix("embedding")
-    head = embedding if config.is_tied else matrix("head")
+    head: Matrix | QuantizedMatrix = embedding
+    if "head.words" in found:
+        head = integers("head")
+    elif not config.is_tied:
+        head = matrix("head")
     return ModelWeights(embedding, layers, present("norm"), head)

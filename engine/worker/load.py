@@ -24,6 +24,8 @@ from ..host_cpus import usable_cpus
 from ..last_plan import read_plan
 from ..messages import ModelFacts, WeightsFacts
 from ..models.decoder import Decoder
+from ..models.names import expected_tensors
+from ..models.recipes import recipes
 from ..models.weights import ModelWeights, Preparer, assemble
 from ..speculation import MAX_STEP_ROWS
 from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
@@ -89,6 +91,7 @@ def _weights(
             device,
             dtype,
             lambda done: report("load_weights", done, total, found.origin),
+            biases=expected_tensors(found.model),
         )
         weights = assemble(found.model, layout, prepared)
         facts = prepared.facts(time.monotonic() - began_s)
@@ -150,13 +153,15 @@ def _facts(
     found: FoundWeights, kernels: Kernels, plan: KvPlan, kv_dtype: torch.dtype
 ) -> ModelFacts:
     model, target = found.model, found.target
-    num_parameters = sum(math.prod(t.shape) for t in found.manifest.tensors.values())
+    listed = recipes(model, target.layout)
+    num_parameters = sum(math.prod(r.shape) for r in listed if r.role in ("", "words"))
+    float_bytes = num_parameters * DTYPES[target.dtype].itemsize
     return ModelFacts(
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
         num_parameters=num_parameters,
-        weight_bytes=num_parameters * DTYPES[target.dtype].itemsize,
+        weight_bytes=found.num_bytes if model.quantized else float_bytes,
         context_len=plan.context_len,
         eos_token_ids=list(model.eos_token_ids),
         device=target.device,
@@ -167,4 +172,5 @@ def _facts(
         kv_cache_dtype=dtype_name(kv_dtype),
         kernels=kernels.choices,
         artefact=found.origin,
+        quantisation=str(model.quantization) if model.quantized else "",
     )

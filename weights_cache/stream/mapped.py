@@ -45,6 +45,10 @@ class MappedWeights:
         self._manifest = manifest
         self._mappings: dict[Path, mmap.mmap] = {}
 
+    def find(self, name: str) -> torch.Tensor | None:
+        """The tensor, or None where there is no such."""
+        return self.tensor(name) if name in self._manifest.tensors else None
+
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the file's pages, which are read when they are first touched."""
         span = self._manifest.tensors[name]

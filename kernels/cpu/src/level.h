@@ -95,6 +95,20 @@ struct PackedEmbeddingArgs {
   i64 num_rows, num_inputs, num_outputs;
 };
 
+// Weights of 4 or 8 bits in panels of 16 outputs; see quantized.h.
+struct QuantizedLinearArgs {
+  const void* x;               // [num_rows, num_inputs]
+  const std::uint32_t* words;  // panels
+  const float* scales;         // [panels, groups, 16]
+  const float* zeros;          // null: 2^(bits - 1) for all; or [panels, groups, 16]
+  const i32* order;            // null, or [num_inputs]: which input each column of the matrix takes
+  const void* bias;            // null, or [num_outputs]
+  void* out;                   // [num_rows, num_outputs], contiguous
+  float* rows;                 // scratch: [num_rows, num_inputs up to a whole word]
+  float* group_sums;           // scratch: [num_rows, groups]
+  i64 num_rows, num_inputs, num_outputs, row_stride, bits, group_size;
+};
+
 // Measurements of the machine; see limits.h.
 struct LimitArgs {
   const void* memory;    // `amount` bytes to be read, or null
@@ -114,6 +128,7 @@ struct Level {
   bool (*packed_linear)(DType, const PackedLinearArgs&);
   bool (*packed_gate_up)(DType, const PackedLinearArgs&);
   bool (*packed_embedding)(DType, const PackedEmbeddingArgs&);
+  bool (*quantized_linear)(DType, const QuantizedLinearArgs&);
   bool (*pack_panels)(DType, const PackArgs&);
   bool (*read_memory)(DType, const LimitArgs&);
   bool (*multiply_only)(DType, const LimitArgs&);

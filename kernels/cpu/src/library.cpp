@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -153,6 +153,13 @@ bool has_good_indices(const PackedEmbeddingArgs& a) {
   return true;
 }
 
+bool has_good_indices(const QuantizedLinearArgs& a) {
+  for (i64 i = 0; a.order && i < a.num_inputs; ++i) {
+    if (!is_within(a.order[i], 0, a.num_inputs)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PILOTLIGHT_API int pilotlight_abi_version() { return kAbiVersion; }
@@ -221,6 +228,11 @@ PILOTLIGHT_API int pilotlight_packed_gate_up(DType dtype, const PackedLinearArgs
 PILOTLIGHT_API int pilotlight_packed_embedding(DType dtype, const PackedEmbeddingArgs* a) {
   if (!has_good_indices(*a)) return kBadIndex;
   return status(level().packed_embedding(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_quantized_linear(DType dtype, const QuantizedLinearArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().quantized_linear(dtype, *a));
 }
 
 PILOTLIGHT_API int pilotlight_pack_panels(DType dtype, const PackArgs* a) {
