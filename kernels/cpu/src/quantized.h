@@ -13,6 +13,15 @@
 constexpr int kQuantizedRows = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
 constexpr i64 kQuantizedChunk = 64;  // rows that a piece of the work takes at most
 
+// Panels that are computed at once: a sum is one chain of additions, each of which waits for the last,
+// so that few rows need several panels to have enough chains.
+constexpr int quantized_panels(int rows) {
+  if (LANES == 16) return rows == 1 ? 4 : rows <= 4 ? 2 : 1;
+  return LANES == 8 && rows == 1 ? 2 : 1;
+}
+
+constexpr int kQuantizedPanels = quantized_panels(1);
+
 template <int Bits>
 struct Field {
   static constexpr int kPerWord = 32 / Bits;
@@ -28,16 +37,17 @@ struct Field {
   }
 };
 
-// Some rows against one panel: out[row][16] = what the formula says, all groups added.
-template <int Bits, int Rows>
+// Some rows against some panels: out[row][16 * panel ...] = what the formula says, all groups added.
+template <int Bits, int Rows, int Panels>
 __attribute__((noinline)) void quantized_rows(const QuantizedLinearArgs& a, i64 row, i64 panel,
-                                              float (*out)[kPanel]) {
+                                              float* out, i64 out_stride) {
   using F = Field<Bits>;
-  constexpr int kVectors = kPanelVectors;
+  constexpr int kVectors = Panels * kPanelVectors;
   const i64 num_words = divide_up(a.num_inputs, F::kPerWord), stride = num_words * F::kPerWord;
   const i64 num_groups = divide_up(a.num_inputs, a.group_size);
   const i64 group_words = divide_up(a.group_size, F::kPerWord);
-  const std::uint32_t* words = a.words + panel * num_words * kPanel;
+  const i64 panel_words = num_words * kPanel, panel_groups = num_groups * kPanel;
+  const std::uint32_t* words = a.words + panel * panel_words;
   const float* x = a.rows + row * stride;
   vf sum[Rows][kVectors] = {};
   for (i64 group = 0; group < num_groups; ++group) {
@@ -47,7 +57,8 @@ __attribute__((noinline)) void quantized_rows(const QuantizedLinearArgs& a, i64 
       vu held[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        held[v] = load_raw<vu>(words + word * kPanel + v * kLanes, Whole{});
+        const std::uint32_t* from = words + v / kPanelVectors * panel_words + word * kPanel;
+        held[v] = load_raw<vu>(from + v % kPanelVectors * kLanes, Whole{});
       }
       unrolled<F::kPerWord>([&](auto index) __attribute__((always_inline)) {
         vf weight[kVectors];
@@ -63,12 +74,13 @@ __attribute__((noinline)) void quantized_rows(const QuantizedLinearArgs& a, i64 
         }
       });
     }
-    const i64 at = (panel * num_groups + group) * kPanel;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const vf zero = a.zeros ? load(a.zeros + at + v * kLanes, Whole{}) : splat(F::kScale / 2);
+      const i64 at = (panel + v / kPanelVectors) * panel_groups + group * kPanel +
+                     v % kPanelVectors * kLanes;
+      const vf zero = a.zeros ? load(a.zeros + at, Whole{}) : splat(F::kScale / 2);
       const vf offset = splat(1) + zero * splat(1 / F::kScale);
-      const vf scale = load(a.scales + at + v * kLanes, Whole{}) * splat(F::kScale);
+      const vf scale = load(a.scales + at, Whole{}) * splat(F::kScale);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const vf inputs = splat(a.group_sums[(row + r) * num_groups + group]);
@@ -79,16 +91,24 @@ __attribute__((noinline)) void quantized_rows(const QuantizedLinearArgs& a, i64 
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out[r] + v * kLanes, sum[r][v], Whole{});
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sum[r][v], Whole{});
   }
 }
 
 template <int Bits, int Rows = kQuantizedRows>
-void some_quantized_rows(i64 rows, const QuantizedLinearArgs& a, i64 row, i64 panel,
-                         float (*out)[kPanel]) {
+void some_quantized_rows(i64 rows, const QuantizedLinearArgs& a, i64 row, i64 panel, i64 end,
+                         float* out, i64 out_stride) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) return quantized_rows<Bits, Rows>(a, row, panel, out);
-    some_quantized_rows<Bits, Rows - 1>(rows, a, row, panel, out);
+    if (rows != Rows) {
+      return some_quantized_rows<Bits, Rows - 1>(rows, a, row, panel, end, out, out_stride);
+    }
+    constexpr int kPanels = quantized_panels(Rows);
+    for (; panel + kPanels <= end; panel += kPanels, out += kPanels * kPanel) {
+      quantized_rows<Bits, Rows, kPanels>(a, row, panel, out, out_stride);
+    }
+    for (; panel < end; ++panel, out += kPanel) {
+      quantized_rows<Bits, Rows, 1>(a, row, panel, out, out_stride);
+    }
   }
 }
 
@@ -125,17 +145,19 @@ void widen_for_groups(const QuantizedLinearArgs& a, i64 row) {
 
 template <class T, int Bits>
 void quantized_piece(const QuantizedLinearArgs& a, i64 panel, i64 first, i64 end) {
+  constexpr i64 kOutputs = kQuantizedPanels * kPanel;
   const T* bias = static_cast<const T*>(a.bias);
   T* out = static_cast<T*>(a.out);
   const i64 output = panel * kPanel, left = a.num_outputs - output;
+  const i64 num_panels = divide_up(left < kOutputs ? left : kOutputs, kPanel);
   const i64 num_blocks = divide_up(end - first, kQuantizedRows);
   for (i64 block = 0; block < num_blocks; ++block) {
     const i64 row = first + block * (end - first) / num_blocks;
     const i64 rows = first + (block + 1) * (end - first) / num_blocks - row;
-    alignas(64) float sums[kQuantizedRows][kPanel];
-    some_quantized_rows<Bits>(rows, a, row, panel, sums);
+    alignas(64) float sums[kQuantizedRows][kOutputs];
+    some_quantized_rows<Bits>(rows, a, row, panel, panel + num_panels, sums[0], kOutputs);
     for (i64 r = 0; r < rows; ++r) {
-      for_lanes(left < kPanel ? left : kPanel, [&](i64 i, auto extent) {
+      for_lanes(left < kOutputs ? left : kOutputs, [&](i64 i, auto extent) {
         const vf added = bias ? load(bias + output + i, extent) : vf{};
         store(out + (row + r) * a.num_outputs + output + i, load(sums[r] + i, extent) + added, extent);
       });
@@ -149,7 +171,7 @@ bool quantized_linear(const QuantizedLinearArgs& a) {
   parallel(a.num_rows, grain_for(2 * a.num_inputs), widen);
   const i64 num_chunks = divide_up(a.num_rows, kQuantizedChunk);
   auto body = [&](i64 piece) {
-    const i64 panel = piece / num_chunks, chunk = piece % num_chunks;
+    const i64 panel = piece / num_chunks * kQuantizedPanels, chunk = piece % num_chunks;
     const i64 first = chunk * a.num_rows / num_chunks, end = (chunk + 1) * a.num_rows / num_chunks;
     if (a.bits == 4) {
       quantized_piece<T, 4>(a, panel, first, end);
@@ -158,7 +180,7 @@ bool quantized_linear(const QuantizedLinearArgs& a) {
     }
   };
   const i64 rows = a.num_rows < kQuantizedChunk ? a.num_rows : kQuantizedChunk;
-  const i64 num_pieces = divide_up(a.num_outputs, kPanel) * num_chunks;
-  parallel(num_pieces, grain_for(rows * a.num_inputs * kPanel / 16), body);
+  const i64 num_pieces = divide_up(a.num_outputs, kQuantizedPanels * kPanel) * num_chunks;
+  parallel(num_pieces, grain_for(rows * a.num_inputs * kQuantizedPanels), body);
   return true;
 }
