@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(words: list[str], spawned: Any) -> int:
     top = parser()
     arguments, rest = top.parse_known_args(words)
-    if rest and arguments.command is not _bench:
+    if rest and arguments.command not in (_bench, _quantize):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest, arguments.spawned = rest, spawned
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_admin(commands)
     _add_cache(commands)
+    _add_quantize(commands)
     _add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what is in use on this machine, and why")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -296,6 +297,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     module = import_module(f".bench.{arguments.kind}", __package__)
     code: int = module.main(arguments.rest)
+    return code
+
+
+def _add_quantize(commands: Any) -> None:
+    text = "write a GPTQ checkpoint of a model"
+    quantize = commands.add_parser("quantize", help=text, add_help=False)
+    quantize.set_defaults(command=_quantize)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    code: int = import_module(".quantize.command", __package__).main(arguments.rest)
     return code
 
 

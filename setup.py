@@ -17,7 +17,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 KERNELS_FOLDER = Path("kernels") / "cpu"
 READER_FOLDER = Path("weights_cache") / "reader"
-FOLDERS = ("bench", "client", "demo", "engine", "kernels", "proto", "server", "weights_cache")
+FOLDERS = (
+    "bench",
+    "client",
+    "demo",
+    "engine",
+    "kernels",
+    "proto",
+    "quantize",
+    "server",
+    "weights_cache",
+)
 
 
 class CMakeBuild(build_ext):

@@ -23,17 +23,17 @@ from torch.nn.functional import cross_entropy
 
 from ..engine.config import EngineConfig
 from ..engine.models.config import ModelConfig, read_model_config
-from ..engine.models.decoder import AttentionBatch, Decoder, LayerCache
+from ..engine.models.decoder import Decoder, LayerCache
+from ..engine.models.names import expected_tensors, find_quantized
 from ..engine.models.weights import Preparer, assemble
 from ..engine.target import choose_target
-from ..engine.worker.kv_cache import KvPlan, allocate, block_bytes, cache_dtype
-from ..engine.worker.load import CPU, DTYPES, dtype_name
+from ..engine.worker.load import DTYPES, dtype_name
+from ..engine.worker.whole_prompt import CPU, caches_for, whole_prompt
 from ..kernels.table import bind
 from ..weights_cache.manifest import read_manifest
 from ..weights_cache.stream.mapped import MappedWeights
 from .train import END, read_corpus
 
-BLOCK_SIZE = 16
 MODEL = Path(__file__).parent / "model"
 
 
@@ -56,29 +56,12 @@ class Windows:
 
 
 def decoder_for(settings: EngineConfig, context_len: int) -> tuple[ModelConfig, Decoder]:
-    config, dtype = read_model_config(MODEL), DTYPES[settings.dtype]
-    preparer = Preparer(MappedWeights(read_manifest(MODEL)), CPU, dtype)
+    folder, dtype = Path(settings.model), DTYPES[settings.dtype]
+    manifest = read_manifest(folder)
+    config = find_quantized(read_model_config(folder), manifest)
+    preparer = Preparer(MappedWeights(manifest), CPU, dtype, biases=expected_tensors(config))
     weights = assemble(config, choose_target(settings, "").layout, preparer)
     return config, Decoder(config, weights, bind(CPU, dtype), context_len, lambda: None)
-
-
-def caches_for(config: ModelConfig, settings: EngineConfig, context_len: int) -> list[LayerCache]:
-    dtype = cache_dtype(settings, DTYPES[settings.dtype])
-    num_blocks = -(-context_len // BLOCK_SIZE)
-    one_block = block_bytes(config, BLOCK_SIZE, dtype)
-    return allocate(KvPlan(num_blocks, BLOCK_SIZE, one_block, context_len), config, CPU, dtype)
-
-
-def whole_prompt(num_tokens: int) -> AttentionBatch:
-    """One sequence, computed at once, its tokens in the cache from its beginning."""
-    places = torch.arange(num_tokens, dtype=torch.int32)
-    return AttentionBatch(
-        positions=places,
-        slot_mapping=places,
-        block_tables=torch.arange(-(-num_tokens // BLOCK_SIZE), dtype=torch.int32)[None],
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-    )
 
 
 @torch.inference_mode()
@@ -93,18 +76,24 @@ def bits_per_byte(decoder: Decoder, caches: list[LayerCache], windows: Windows) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=str(MODEL), help="the built-in model, or one made of it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window")
     arguments = parser.parse_args()
     settings = EngineConfig(
-        model=str(MODEL), dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype
+        model=arguments.model, dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype
     )
     _, texts = read_corpus(Path(sysconfig.get_paths()["stdlib"]))
     config, decoder = decoder_for(settings, arguments.length)
-    caches = caches_for(config, settings, arguments.length)
+    caches = caches_for(config, settings, DTYPES[settings.dtype], arguments.length)
     figure = bits_per_byte(decoder, caches, Windows(texts, arguments.length))
-    names = {"dtype": settings.dtype, "kv_cache_dtype": dtype_name(caches[0].k.dtype)}
+    quantisation = str(config.quantization) if config.quantized else "none"
+    names = {
+        "quantisation": quantisation,
+        "dtype": settings.dtype,
+        "kv_cache_dtype": dtype_name(caches[0].k.dtype),
+    }
     print(json.dumps({**names, "bits_per_byte": round(figure, 5)}))
     return 0
 
