@@ -283,6 +283,7 @@ def _add_bench(commands: Any) -> None:
             "speculation",
             "answers with and without drafts: tokens per second, and how many were right",
         ),
+        ("pace", "what a long prompt costs streams, and what limiting that costs the prompt"),
         ("serving", "a server under load: latencies, errors, goodput"),
         ("startup", "process start to open ports, readiness, first token"),
         ("loader", "an artefact's bytes to the device, against disk and copy engine"),

@@ -148,6 +148,7 @@ def _core(
         max_batched_tokens=config.max_batched_tokens,
         prefix_cache=config.prefix_cache,
         speculative=config.speculative,
+        max_decode_slowdown=config.max_decode_slowdown,
     )
     return EngineCore(scheduler, runner), facts
 

@@ -16,6 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
+    max_decode_slowdown: float = 2.5
+    """Of a step by the prompt that is computed in it; see pace.py. 0: no limit."""
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
     """auto: that of the weights; int8: with a scale per token and head."""

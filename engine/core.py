@@ -96,6 +96,7 @@ class EngineCore:
         except Exception as error:
             return self._survive(step, error)
         self._num_failed_in_a_row = 0
+        self._scheduler.took(step, self._clock() - scheduled_s)
         return self._scheduler.apply(step, result, scheduled_s)
 
     def _survive(self, step: Step, error: Exception) -> list[Output]:

@@ -2,7 +2,8 @@
 
 Knows requests, slots, blocks and the token budget. Knows no tensors, text, clocks or processes.
 
-A step is filled in this order, under one budget of `max_batched_tokens`:
+A step is filled in this order, under one budget of `max_batched_tokens`, of which prompts get what
+`pace` leaves them beside decodes:
 
  1. Every decoding sequence gets its one token. If no block is free for it, the sequence that was
     admitted last gives all of its blocks back and waits again (preemption by recompute). What is
@@ -24,6 +25,7 @@ import msgspec
 from .block_pool import BlockPool
 from .errors import ConfigError, DuplicateRequest, InvalidField
 from .messages import EngineStatistics, FinishReason, Output, Submit
+from .pace import Pace
 from .sequence import Sampled, Sequence, SequenceState
 from .speculation import Speculation
 from .step import Draft, Growth, Row, Step, StepResult
@@ -43,6 +45,7 @@ class Scheduler:
         max_batched_tokens: int,
         prefix_cache: bool = True,
         speculative: str = "off",
+        max_decode_slowdown: float = 0.0,
     ) -> None:
         if max_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -61,6 +64,7 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._prefix_cache = prefix_cache
         self._speculation = Speculation(speculative, context_len, max_batched_tokens)
+        self._pace = Pace(max_decode_slowdown)
         self._requests: dict[str, list[Sequence]] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -130,7 +134,7 @@ class Scheduler:
         self._schedule_decodes(step)
         if self._speculation.has_room(len(step.rows)):
             self._add_drafts(step)
-        budget = self._max_batched_tokens - step.num_tokens
+        budget = self._prompt_budget(step)
         budget -= self._continue_prompts(step, budget)
         self._admit_waiting(step, budget)
         if not step.rows:
@@ -138,6 +142,18 @@ class Scheduler:
             return None
         self._num_steps += 1
         return step
+
+    def _prompt_budget(self, step: Step) -> int:
+        waiting = islice(self._waiting, len(self._free_slots))
+        num_prompts = len(self._running) - len(step.rows) + sum(s.may_start for s in waiting)
+        room = self._max_batched_tokens - step.num_tokens
+        return self._pace.prompt_budget(step.num_tokens, num_prompts, room)
+
+    def took(self, step: Step, spent_s: float) -> None:
+        """How long the step kept others waiting: what later steps go by."""
+        # A decode's row samples after each of its tokens, a prompt's after the last one at most.
+        num_decodes = sum(r.num_tokens for r in step.rows if r.num_sampled == r.num_tokens)
+        self._pace.learn(num_decodes, step.num_tokens - num_decodes, spent_s)
 
     def _schedule_decodes(self, step: Step) -> None:
         for sequence in [s for s in self._running if s.is_decoding]:

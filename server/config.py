@@ -46,6 +46,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
+    max_decode_slowdown: float = 2.5
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
     block_size: int = 16
@@ -70,6 +71,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
+            max_decode_slowdown=self.max_decode_slowdown,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
             block_size=self.block_size,
@@ -177,11 +179,19 @@ OPTIONS = (
     Option(
         "max_batched_tokens",
         "capacity",
-        "token budget of one step: decodes and prompt chunks "
-        "together; smaller steps answer running streams sooner",
+        "token budget of one step: decodes and prompt chunks together",
         "TOKENS",
         low=1,
         high=1 << 20,
+    ),
+    Option(
+        "max_decode_slowdown",
+        "capacity",
+        "while sequences decode, a prompt gets as many tokens a step as keep it within so many "
+        "times its length without prompts; several prompts get more. Higher: sooner first tokens, "
+        "less even streams; 0: no limit",
+        "TIMES",
+        high=1000,
     ),
     Option(
         "kv_cache_bytes",
@@ -308,6 +318,11 @@ def serve_config(flags: Mapping[str, Any], file: Path | None) -> ServeConfig:
         raise ConfigError(
             f"--max-batched-tokens is {config.max_batched_tokens}: it must be at least "
             f"--max-num-seqs ({config.max_num_seqs}), one token for each running sequence"
+        )
+    if 0 < config.max_decode_slowdown < 1:
+        raise ConfigError(
+            f"--max-decode-slowdown is {config.max_decode_slowdown}: a step with a prompt takes at "
+            "least as long as one without, 1; 0: no limit"
         )
     if config.standby and config.model != ServeConfig().model:
         raise ConfigError(f"--standby starts without a model, but MODEL is {config.model!r}")

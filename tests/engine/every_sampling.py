@@ -28,6 +28,7 @@ def main(torch: str, kernels: str, dtype: str, kv_cache_dtype: str) -> None:
     config = EngineConfig(
         model=str(DEMO), device="cpu", dtype=dtype, kv_cache_dtype=kv_cache_dtype,
         kv_cache_bytes=8 << 20, max_num_seqs=8, max_batched_tokens=32, max_model_len=200,
+        max_decode_slowdown=0.0,
         num_threads=1, speculative="ngram",
     )  # fmt: skip
     booted = boot(config, Unheard(), lambda: None)

@@ -1,0 +1,133 @@
+"""A trace through the real scheduler in virtual time: no model, a clock that steps are added to.
+
+Knows the scheduler, plans of requests and what steps cost; knows no device.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engine.core import EngineCore
+from ..engine.messages import Submit
+from ..engine.sampling_params import SamplingParams
+from ..engine.scheduler import Scheduler
+from ..engine.step import Step, StepResult
+from .arrivals import Planned, clamped
+
+BLOCK_SIZE = 16
+MAX_NUM_SEQS = 64
+MAX_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """`by_tokens`: seconds of a step of so many tokens at the start of a context; `context_s`: for
+    each token before them that a row attends to."""
+
+    by_tokens: Mapping[int, float]
+    context_s: float
+
+    def seconds(self, step: Step) -> float:
+        # What lies before a chunk is read once for many of its tokens.
+        context = sum(row.start for row in step.rows)
+        return self._of_tokens(step.num_tokens) + context * self.context_s
+
+    def _of_tokens(self, num_tokens: int) -> float:
+        """Between what was measured on a line, beyond it in proportion."""
+        sizes = sorted(self.by_tokens)
+        if num_tokens >= sizes[-1]:
+            return self.by_tokens[sizes[-1]] * num_tokens / sizes[-1]
+        above = bisect.bisect_left(sizes, num_tokens)
+        if sizes[above] == num_tokens:
+            return self.by_tokens[num_tokens]
+        low, high = sizes[above - 1], sizes[above]
+        share = (num_tokens - low) / (high - low)
+        return self.by_tokens[low] + share * (self.by_tokens[high] - self.by_tokens[low])
+
+
+class TimedDevice:
+    """Runs steps by adding their cost to its clock; samples nothing but zeros."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self.now_s = 0.0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def run(self, step: Step) -> StepResult:
+        self.now_s += self._costs.seconds(step)
+        num_sampled = sum(row.num_sampled for row in step.rows)
+        return StepResult([0] * num_sampled, [None] * num_sampled)
+
+
+def replayed(
+    plans: Sequence[Planned], speed: float, costs: StepCosts, context_len: int, slowdown: float
+) -> dict[str, Any]:
+    """Latencies of `plans`, `speed` times as fast as they came, under this limit."""
+    device = TimedDevice(costs)
+    core = EngineCore(_scheduler(context_len, slowdown), device, device.clock)
+    due = [clamped(planned, context_len) for planned in plans]
+    due_s = {str(i): planned.at_s / speed for i, planned in enumerate(due)}
+    came_s: dict[str, list[float]] = defaultdict(list)
+    num_sent = 0
+    while num_sent < len(due) or core.has_work:
+        while num_sent < len(due) and due_s[str(num_sent)] <= device.now_s:
+            core.submit(_submit(num_sent, due[num_sent]))
+            num_sent += 1
+        record = core.step()
+        if record is None:
+            device.now_s = due_s[str(num_sent)]
+            continue
+        for output in record.outputs:
+            came_s[output.request_id] += [device.now_s] * len(output.token_ids)
+    return _figures(due_s, came_s)
+
+
+def _scheduler(context_len: int, slowdown: float) -> Scheduler:
+    return Scheduler(
+        num_blocks=MAX_NUM_SEQS * -(-context_len // BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        context_len=context_len,
+        eos_token_ids=[],
+        max_num_seqs=MAX_NUM_SEQS,
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        prefix_cache=False,
+        max_decode_slowdown=slowdown,
+    )
+
+
+def _submit(index: int, planned: Planned) -> Submit:
+    sampling = SamplingParams(max_tokens=planned.output_len, temperature=0.0, ignore_eos=True)
+    return Submit(str(index), [0] * planned.input_len, sampling)
+
+
+def _figures(due_s: Mapping[str, float], came_s: Mapping[str, list[float]]) -> dict[str, Any]:
+    ttft = [came_s[name][0] - at_s for name, at_s in due_s.items()]
+    gaps = np.concatenate([np.diff(times) for times in came_s.values()])
+    num_tokens = sum(map(len, came_s.values()))
+    ended_s = max(times[-1] for times in came_s.values())
+    ttft_p50, ttft_p99 = np.percentile(ttft, (50, 99))
+    gap_p50, gap_p99, gap_max = 1e3 * np.percentile(gaps, (50, 99, 100)) if len(gaps) else (0, 0, 0)
+    return {
+        "ttft_p50_s": round(float(ttft_p50), 3),
+        "ttft_p99_s": round(float(ttft_p99), 3),
+        "itl_p50_ms": round(float(gap_p50), 1),
+        "itl_p99_ms": round(float(gap_p99), 1),
+        "itl_max_ms": round(float(gap_max), 1),
+        "output_tokens_per_s": round(num_tokens / ended_s, 2),
+        "ended_s": ended_s,
+    }
+
+
+def capacity_speed(plans: Sequence[Planned], costs: StepCosts, context_len: int) -> float:
+    """At which requests come just as fast as they are done: their time in the trace over the time
+    that they take when all are there at once."""
+    at_once = replayed(plans, float("inf"), costs, context_len, 0.0)
+    return (plans[-1].at_s - plans[0].at_s) / float(at_once["ended_s"])
