@@ -19,16 +19,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.errors import ConfigError
-from .startup_peers import DRIVERS, PEERS, check_has, converted, python_of
+from .startup_peers import DRIVERS, PEERS, Peer, check_has, converted, python_of
 
 OURS = "pilotlight"
+OTHERS = PEERS | {"llamacpp": Peer("llamacpp", "llama_cpp")}
 CASES = ("1x16x64", "32x128x64", "1x512x1")
 LOAD_TIMEOUT_S = 300.0
 READ_BYTES = 768 << 20
+UNCOUNTED_LEN = 8
+"""Tokens of the uncounted run's answers, at most: it brings kernels and memory to their state of
+use, and is not long for cases that are."""
 EPILOG = """\
 A case is SEQUENCES x INPUT x OUTPUT tokens, all sequences at once; its figure is output tokens per
-second, prompts included. Each engine runs a case once uncounted. Weights are bfloat16, unless
---peer-dtype says otherwise for a peer: on processors without bfloat16 some are faster in float32.
+second, prompts included. Each engine runs a shorter case once uncounted. Weights are bfloat16,
+unless --peer-dtype says otherwise for a peer: on processors without bfloat16 some are faster in
+float32; or what the model given by --peer-model has. llama.cpp needs that: a GGUF file.
 
 limit is what weights alone allow one sequence: the machine's read rate, measured between the cases,
 over the bytes of a step. ratio is ours over the best of the others. The last line is JSON.
@@ -37,6 +42,7 @@ examples:
   pilotlight bench compare MODEL --vs openvino,transformers --case 1x16x64 --case 32x128x64
   pilotlight bench compare MODEL --vs vllm --peer-python vllm=/opt/vllm/bin/python \\
       --peer-dtype vllm=float32
+  pilotlight bench compare INT4 --vs llamacpp --peer-model llamacpp=q4_0.gguf
 """
 
 
@@ -76,12 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint folder")
-    add("--vs", default="", metavar="PEERS", help=f"of {','.join(PEERS)}")
+    add("--vs", default="", metavar="PEERS", help=f"of {','.join(OTHERS)}")
     add("--case", action="append", metavar="NxINxOUT", help=f"repeatable (default: {CASES})")
     add("--repeat", type=int, default=3, metavar="N", help="counted runs (default: %(default)s)")
     add("--peer-python", action="append", default=[], metavar="PEER=PYTHON",
         help="interpreter that has the peer (default: python3 on PATH)")  # fmt: skip
     add("--peer-dtype", action="append", default=[], metavar="PEER=DTYPE")
+    add("--peer-model", action="append", default=[], metavar="PEER=PATH",
+        help="in the peer's own form (default: MODEL, converted for openvino)")  # fmt: skip
     add("--save", metavar="PATH", help="also write PATH.json and PATH.md")
     return parser
 
@@ -147,24 +155,24 @@ class Child:
 
 
 def _children(arguments: argparse.Namespace) -> list[Child]:
-    pythons, dtypes = _pairs(arguments.peer_python), _pairs(arguments.peer_dtype)
     ours = (sys.executable, "-m", "pilotlight.bench.compare_ours", arguments.model, "bfloat16")
     commands: dict[str, tuple[str, ...]] = {OURS: ours}
     for name in filter(None, arguments.vs.split(",")):
-        commands[name] = _peer_command(name, pythons, dtypes, Path(arguments.model))
+        commands[name] = _peer_command(name, arguments)
     return [Child(name, command) for name, command in commands.items()]
 
 
-def _peer_command(
-    name: str, pythons: dict[str, str], dtypes: dict[str, str], model: Path
-) -> tuple[str, ...]:
-    if name not in PEERS:
-        raise ConfigError(f"--vs: {name!r} is unknown; there are {', '.join(PEERS)}")
-    peer = PEERS[name]
-    python = python_of(peer, pythons)
+def _peer_command(name: str, arguments: argparse.Namespace) -> tuple[str, ...]:
+    if name not in OTHERS:
+        raise ConfigError(f"--vs: {name!r} is unknown; there are {', '.join(OTHERS)}")
+    peer = OTHERS[name]
+    python = python_of(peer, _pairs(arguments.peer_python))
     check_has(peer, python)
+    model = Path(_pairs(arguments.peer_model).get(name, arguments.model))
+    if name == "llamacpp" and not model.is_file():
+        raise ConfigError(f"--vs llamacpp: {model} is no GGUF file; --peer-model llamacpp=FILE")
     folder = converted(python, model) if name == "openvino" else model
-    dtype = dtypes.get(name, "auto" if name == "openvino" else "bfloat16")
+    dtype = _pairs(arguments.peer_dtype).get(name, "auto" if name == "openvino" else "bfloat16")
     driver = DRIVERS / f"runs_{name}.py"
     return ("env", "-u", "PYTHONPATH", *peer.variables, python, str(driver), str(folder), dtype)
 
@@ -184,13 +192,14 @@ def measure(
     reads = []
     for case in cases:
         found: dict[str, list[float]] = {child.name: [] for child in children}
-        for number in range(repeat + 1):
+        for child in children:
+            child.run(case._replace(output_len=min(case.output_len, UNCOUNTED_LEN)), 0)
+        for number in range(1, repeat + 1):
             reads.append(read_bytes_per_s())
             for child in random.Random(number).sample(list(children), len(children)):
                 spent_s = child.run(case, number)
-                if number:  # the first brings kernels and memory to their state of use
-                    found[child.name].append(spent_s)
-                    print(f"pilotlight: {case} {child.name:<13}{spent_s:9.3f} s", file=sys.stderr)
+                found[child.name].append(spent_s)
+                print(f"pilotlight: {case} {child.name:<13}{spent_s:9.3f} s", file=sys.stderr)
         seconds[str(case)] = found
     return seconds, reads
 
