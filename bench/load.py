@@ -1,4 +1,4 @@
-"""Sends planned requests over gRPC and notes when their tokens come.
+"""Sends planned requests and notes when their tokens come.
 
 An open loop sends each request when it is due, whatever became of those before, and measures from
 that moment: a client or server that falls behind shows it. A closed loop sends a request when one
@@ -20,6 +20,7 @@ from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as pb_grpc
 from .arrivals import Planned
 from .latency import OK, Outcome
+from .openai_target import OpenAiStub, TargetError
 
 REFUSED_PAUSE_S = 0.05
 """A closed loop's place rests this long after an error, so that it does not spin on it."""
@@ -52,7 +53,7 @@ class Load:
 
     def __init__(
         self,
-        stub: pb_grpc.InferenceStub,
+        stub: pb_grpc.InferenceStub | OpenAiStub,
         prompts: Prompts,
         *,
         deadline_s: float | None = None,
@@ -112,6 +113,8 @@ class Load:
             outcome.end(time.perf_counter())
         except grpc.aio.AioRpcError as error:
             outcome.end(time.perf_counter(), error.code().name, error.details() or "")
+        except TargetError as error:
+            outcome.end(time.perf_counter(), error.code, str(error))
         except asyncio.CancelledError:
             outcome.end(time.perf_counter(), "CANCELLED", "ended by the client")
             raise

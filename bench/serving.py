@@ -18,31 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import grpc
-import grpc.aio
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..engine.errors import ConfigError
-from ..proto import inference_pb2 as pb
-from ..proto import inference_pb2_grpc as pb_grpc
 from .arrivals import Lengths, Planned, clamped, poisson_times, random_plans, retimed
 from .latency import Objectives, first_messages, summary
 from .load import Load, Prompts
+from .targets import Target, Unreachable, reached
 from .traces import Trace, read_trace
 
 DEFAULT_NUM_REQUESTS = 100
-REACH_S = 10.0
 PROGRESS_S = 0.5
 LATE_S = 0.05
 """A client that sends later than this measures itself too, and the report says so."""
 CLEAR_LINE = "\r\x1b[K"
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 16 << 20),
-    # A server that is awaited is seen soon after it is there.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 OK, FAILED, MISTAKE = 0, 1, 2
 
 USAGE = "pilotlight bench serving (--rate R | --concurrency N | --trace FILE) [options]"
@@ -61,6 +50,8 @@ examples:
       the first 500 requests of a trace, twice as fast as they came
   pilotlight bench serving --rate 8 --slo-ttft-ms 200 --slo-itl-ms 50 --wait-ready 60
       wait for the model, then count the requests that met both objectives
+  pilotlight bench serving --openai http://127.0.0.1:8000 --trace conversation.csv --speed 2
+      the same load on another engine's server, for comparison
 
 Prompts are random token ids, and answers have exactly the planned length. TTFT and E2E count from
 the moment a request was due, so that waiting to be sent counts too (send_lag_s in the JSON).
@@ -80,10 +71,6 @@ was asked.
 """
 
 
-class Unreachable(Exception):
-    """No server, or none that can take load. The message is one readable line."""
-
-
 def main(argv: list[str]) -> int:
     try:
         arguments = parse(argv)
@@ -101,17 +88,14 @@ def main(argv: list[str]) -> int:
 async def run(arguments: argparse.Namespace) -> int:
     """One load, reported; returns the exit code. Raises ConfigError or Unreachable."""
     trace = _trace(arguments)
-    async with grpc.aio.insecure_channel(arguments.target, options=CHANNEL_OPTIONS) as channel:
-        if arguments.wait_ready:
-            await _wait_ready(channel, arguments.target, arguments.wait_ready)
-        stub = pb_grpc.InferenceStub(channel)
-        info = await _model_info(stub, arguments.target)
-        prompts = Prompts(info.vocab_size, arguments.shared_prefix_len, arguments.seed)
-        load = Load(stub, prompts, deadline_s=arguments.deadline, duration_s=arguments.duration)
-        plans = (clamped(planned, info.context_len) for planned in _plans(arguments, trace))
+    async with reached(arguments) as target:
+        prompts = Prompts(target.vocab_size, arguments.shared_prefix_len, arguments.seed)
+        deadline_s, duration_s = arguments.deadline, arguments.duration
+        load = Load(target.stub, prompts, deadline_s=deadline_s, duration_s=duration_s)
+        plans = (clamped(planned, target.context_len) for planned in _plans(arguments, trace))
         is_interrupted = await _run_to_end(load, plans, arguments.concurrency)
-    result = _result(arguments, info, load, is_interrupted)
-    print(_table(result, first_messages(load.outcomes), info.context_len), file=sys.stderr)
+    result = _result(arguments, target, load, is_interrupted)
+    print(_table(result, first_messages(load.outcomes), target.context_len), file=sys.stderr)
     print(json.dumps(result), flush=True)
     return OK if result["num_ok"] else FAILED
 
@@ -140,6 +124,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _add_server(group: Any) -> None:
     add = group.add_argument
     add("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default: %(default)s)")
+    add("--openai", metavar="URL", help="instead: a server with OpenAI's HTTP interface")
+    add("--openai-vocab-size", type=int, default=32000, metavar="N",
+        help="prompts have ids below this: it does not tell (default: %(default)s)")  # fmt: skip
+    add("--openai-context-len", type=int, default=4096, metavar="TOKENS",
+        help="if it does not tell that either (default: %(default)s)")  # fmt: skip
     add("--wait-ready", type=float, metavar="SECONDS", help="wait this long for readiness first")
     add("--deadline", type=float, metavar="SECONDS", help="of each request (default: none)")
 
@@ -253,36 +242,6 @@ def _most(arguments: argparse.Namespace, trace: Trace | None) -> int | None:
     return DEFAULT_NUM_REQUESTS
 
 
-async def _wait_ready(channel: grpc.aio.Channel, target: str, limit_s: float) -> None:
-    """Follows the server's own readiness; a server that is not there yet is waited for too."""
-    stub = health_pb2_grpc.HealthStub(channel)
-    request = health_pb2.HealthCheckRequest(service="readiness")
-    try:
-        watch = stub.Watch(request, timeout=limit_s, wait_for_ready=True)
-        async for response in watch:
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise Unreachable(f"{target} was not ready within {limit_s:g} s") from error
-        reason = f"{error.code().name}: {error.details()}"
-        raise Unreachable(f"{target} ended before it was ready ({reason})") from error
-    raise Unreachable(f"{target} ended before it was ready")
-
-
-async def _model_info(stub: pb_grpc.InferenceStub, target: str) -> pb.GetModelInfoResponse:
-    try:
-        info: pb.GetModelInfoResponse = await stub.GetModelInfo(
-            pb.GetModelInfoRequest(), timeout=REACH_S
-        )
-    except grpc.aio.AioRpcError as error:
-        hint = "is `pilotlight serve` running there?"
-        raise Unreachable(f"no answer from {target} ({error.code().name}); {hint}") from error
-    if not info.vocab_size:
-        raise Unreachable(f"{target} is still loading its model; --wait-ready SECONDS waits for it")
-    return info
-
-
 async def _run_to_end(load: Load, plans: Iterable[Planned], concurrency: int | None) -> bool:
     """Whether the user ended it. What was measured until then counts."""
     async with _progress(load):
@@ -321,14 +280,14 @@ async def _tell(load: Load) -> NoReturn:
 
 def _result(
     arguments: argparse.Namespace,
-    info: pb.GetModelInfoResponse,
+    target: Target,
     load: Load,
     is_interrupted: bool,
 ) -> dict[str, Any]:
     objectives = Objectives(arguments.slo_ttft_ms, arguments.slo_itl_ms)
     return {
-        "model": info.name,
-        "target": arguments.target,
+        "model": target.model,
+        "target": target.name,
         "rate": None if arguments.rate == math.inf else arguments.rate,
         "concurrency": arguments.concurrency,
         "trace": arguments.trace.name if arguments.trace else None,
