@@ -283,6 +283,7 @@ def _add_bench(commands: Any) -> None:
             "speculation",
             "answers with and without drafts: tokens per second, and how many were right",
         ),
+        ("accuracy", "what a model predicts of a text, and how far it is from another"),
         ("pace", "what a long prompt costs streams, and what limiting that costs the prompt"),
         ("serving", "a server under load: latencies, errors, goodput"),
         ("startup", "process start to open ports, readiness, first token"),
