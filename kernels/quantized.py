@@ -44,6 +44,14 @@ def unpack_groups(packed: Tensor, num_outputs: int) -> Tensor:
     return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:num_outputs]
 
 
+def join_fields(fields: Tensor, bits: int) -> Tensor:
+    """[R, C] -> int32 [R * bits / 32, C]: consecutive rows into words, lowest bits first."""
+    parts = fields.long().unflatten(0, (-1, 32 // bits)) << shifts(bits)[:, None]
+    whole = parts.sum(1)
+    # As int32 the highest bit is a sign.
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
+
+
 def shifts(bits: int) -> Tensor:
     """Of the fields of a word."""
     return torch.arange(0, 32, bits)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine.errors import ConfigError, NotEnoughDisk
 from ..engine.models.quantization import Scheme
-from ..kernels.quantized import shifts
+from ..kernels.quantized import join_fields
 from .rounding import Integers
 
 COPIED = (
@@ -30,19 +30,11 @@ def tensors_of(module: str, found: Integers, scheme: Scheme) -> dict[str, Tensor
     """qweight, qzeros, scales, g_idx. Format v1 stores z - 1, a true 0 as all ones."""
     zeros = (found.zeros.T.long() - int(scheme.adds_one)) & (2**scheme.bits - 1)
     return {
-        f"{module}.qweight": words(found.q.T.long(), scheme.bits),
-        f"{module}.qzeros": words(zeros.T, scheme.bits).T.contiguous(),
+        f"{module}.qweight": join_fields(found.q.T, scheme.bits),
+        f"{module}.qzeros": join_fields(zeros.T, scheme.bits).T.contiguous(),
         f"{module}.scales": found.scales.T.half().contiguous(),
         f"{module}.g_idx": found.g_idx.to(torch.int32),
     }
-
-
-def words(fields: Tensor, bits: int) -> Tensor:
-    """[R, C] -> int32 [R * bits / 32, C]: consecutive rows into words, lowest bits first."""
-    per_word = 32 // bits
-    parts = fields.unflatten(0, (-1, per_word)) << shifts(bits)[:, None]
-    whole = parts.sum(1)
-    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
 
 
 def described(scheme: Scheme) -> dict[str, Any]:

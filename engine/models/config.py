@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModel
-from .quantization import Quantization, Scheme, read_quantization
+from .quantization import Quantization, Scheme
+from .quantization_config import read_quantization
 from .rope import RopeScaling, read_rope
 
 ARCHITECTURES = (

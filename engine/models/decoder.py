@@ -17,7 +17,7 @@ from ...kernels.layout_names import PAIRED, PLAIN
 from ...kernels.table import Kernels
 from .config import ModelConfig
 from .rope import inverse_frequencies
-from .weights import LayerWeights, Linear, Matrix, ModelWeights, QuantizedMatrix
+from .weights import LayerWeights, Linear, Linears, Matrix, ModelWeights, QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,9 @@ class Decoder:
             token_ids, table.data, table.num_outputs, table.num_inputs
         )
 
-    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
+    def _linear(self, x: Tensor, linear: Linears) -> Tensor:
+        if isinstance(linear, tuple):
+            return torch.cat([self._linear(x, part) for part in linear], dim=-1)
         weight = linear.weight
         if isinstance(weight, QuantizedMatrix):
             groups = weight.scales, weight.zeros, weight.order
@@ -126,9 +128,9 @@ class Decoder:
             return self._kernels.linear(x, weight.data, linear.bias)
         return self._kernels.packed_linear(x, weight.data, linear.bias, weight.num_outputs)
 
-    def _gated(self, x: Tensor, gate_up: Linear) -> Tensor:
+    def _gated(self, x: Tensor, gate_up: Linears) -> Tensor:
         """silu(gate) * up."""
-        weight = gate_up.weight
+        weight = gate_up.weight if isinstance(gate_up, Linear) else None
         if isinstance(weight, Matrix) and weight.layout.endswith(PAIRED):
             return self._kernels.packed_gate_up(x, weight.data)
         return self._kernels.silu_mul(self._linear(x, gate_up))

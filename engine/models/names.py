@@ -12,21 +12,25 @@ from dataclasses import replace
 from ...weights_cache.manifest import Manifest
 from ..errors import CheckpointError
 from .config import ModelConfig
-from .quantization import shapes_of
+from .quantization import quantized_modules, shapes_of
 
-INTEGERS = (".qweight", ".qzeros", ".g_idx")
 FLOATS = ("F32", "F16", "BF16")
+INTEGERS = {
+    "qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32",),
+    "weight_packed": ("I32",), "weight_zero_point": ("I32",), "weight_g_idx": ("I32",),
+    "weight_shape": ("I64", "I32"),
+}  # fmt: skip
+"""dtypes of what is not floats, by the last part of the name."""
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 """Constants that older writers stored; they follow from config.json."""
 
 
 def find_quantized(config: ModelConfig, manifest: Manifest) -> ModelConfig:
     """With the modules that have integers. Raises CheckpointError where nothing explains them."""
-    suffix = ".qweight"
-    found = frozenset(n.removesuffix(suffix) for n in manifest.tensors if n.endswith(suffix))
+    found = quantized_modules(manifest.tensors)
     if found and config.quantization is None:
         raise CheckpointError(
-            f"the weights hold {min(found)}{suffix}, but neither config.json nor "
+            f"the weights of {min(found)} are integers, but neither config.json nor "
             "quantize_config.json says how it is quantised"
         )
     return replace(config, quantized=found)
@@ -50,10 +54,7 @@ def matrix_tensors(
     scheme = config.scheme_of(module)
     if scheme is None:
         return {f"{module}.weight": (rows, columns)}
-    shapes = shapes_of(module, scheme, rows, columns)
-    if scheme.has_order:
-        shapes[f"{module}.g_idx"] = (columns,)
-    return shapes
+    return shapes_of(module, scheme, rows, columns)
 
 
 def _layer_tensors(config: ModelConfig, layer: str) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ def _check_present(expected: Mapping[str, tuple[int, ...]], manifest: Manifest) 
             raise CheckpointError(
                 f"{name} has the shape {list(span.shape)}; config.json implies {list(shape)}"
             )
-        wanted = ("I32",) if name.endswith(INTEGERS) else FLOATS
+        wanted = INTEGERS.get(name.rpartition(".")[2], FLOATS)
         if span.dtype not in wanted:
             raise CheckpointError(
                 f"{name} has the dtype {span.dtype}; {' or '.join(wanted)} is needed"
@@ -111,8 +112,9 @@ def _check_unknown(
 ) -> None:
     # Writers of tied models often store the shared matrix a second time.
     harmless = {"lm_head.weight"} if config.is_tied else set()
-    # GPTQ: an order that is the natural one, and biases of zeros; both are looked at when loaded.
-    harmless |= {f"{module}.{part}" for module in config.quantized for part in ("g_idx", "bias")}
+    # An order that is the natural one, and biases of zeros; both are looked at when loaded.
+    extra = ("g_idx", "weight_g_idx", "bias")
+    harmless |= {f"{module}.{part}" for module in config.quantized for part in extra}
     unknown = [
         name
         for name in manifest.tensors

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...kernels.layout_names import INT4, INT8, PAIRED, PANEL, PLAIN
-from ..errors import UnsupportedModel
 from .config import ModelConfig
 from .quantization import Scheme
 
@@ -52,27 +51,22 @@ def recipes(config: ModelConfig, layout: str) -> list[Recipe]:
 def quantized(
     config: ModelConfig, name: str, modules: tuple[str, ...], shape: tuple[int, int], section: str
 ) -> list[Recipe]:
-    """The tensors of a quantised matrix; none where its modules have floats.
-
-    Raises UnsupportedModel where modules that are computed together are not quantised alike.
-    """
-    schemes = [config.scheme_of(module) for module in modules]
-    first = schemes[0]
-    for module, scheme in zip(modules, schemes, strict=True):
-        if scheme != first:
-            raise UnsupportedModel(
-                f"{modules[0]} is {first or 'not quantised'}, {module} is "
-                f"{scheme or 'not quantised'}: they are computed together and must be alike"
-            )
-    if first is None:
+    """The tensors of a quantised matrix, whose modules are alike; none where they have floats."""
+    scheme = config.scheme_of(modules[0])
+    if scheme is None:
         return []
     roles = ["words", "scales"]
-    roles += [] if first.is_symmetric else ["zeros"]
-    roles += ["order"] if first.has_order else []
-    layout = INT4 if first.bits == 4 else INT8
+    roles += [] if scheme.is_symmetric else ["zeros"]
+    roles += ["order"] if scheme.has_order else []
+    layout = INT4 if scheme.bits == 4 else INT8
     return [
-        Recipe(f"{name}.{role}", modules, shape, layout, section, role, first) for role in roles
+        Recipe(f"{name}.{role}", modules, shape, layout, section, role, scheme) for role in roles
     ]
+
+
+def are_alike(config: ModelConfig, modules: tuple[str, ...]) -> bool:
+    """Whether they can be one matrix; else each is one, named by its place."""
+    return len({config.scheme_of(module) for module in modules}) == 1
 
 
 def _layer(config: ModelConfig, index: int, layout: str) -> Iterator[Recipe]:
@@ -94,11 +88,12 @@ def _layer(config: ModelConfig, index: int, layout: str) -> Iterator[Recipe]:
     def bias(name: str, modules: tuple[str, ...], size: int) -> Recipe:
         return vector(f"{name}.bias", *(f"{module}.bias" for module in modules), size=size)
 
+    wide = config.intermediate_size
     linears = (
-        ("qkv", qkv, q + 2 * kv, hidden, config.has_qkv_bias),
-        ("o", (f"{attention}o_proj",), hidden, q, config.has_o_bias),
-        ("gate_up", gate_up, 2 * config.intermediate_size, hidden, config.has_mlp_bias),
-        ("down", (f"{mlp}down_proj",), hidden, config.intermediate_size, config.has_mlp_bias),
+        ("qkv", qkv, (q, kv, kv), hidden, config.has_qkv_bias),
+        ("o", (f"{attention}o_proj",), (hidden,), q, config.has_o_bias),
+        ("gate_up", gate_up, (wide, wide), hidden, config.has_mlp_bias),
+        ("down", (f"{mlp}down_proj",), (hidden,), wide, config.has_mlp_bias),
     )
     yield vector("input_norm", f"{prefix}input_layernorm.weight", size=hidden)
     if config.has_qk_norm:
@@ -106,11 +101,14 @@ def _layer(config: ModelConfig, index: int, layout: str) -> Iterator[Recipe]:
         yield vector("k_norm", f"{attention}k_norm.weight", size=config.head_dim)
     yield vector("post_norm", f"{prefix}post_attention_layernorm.weight", size=hidden)
     for name, modules, rows, columns, has_bias in linears:
-        at = f"{section}.{name}"
-        integers = quantized(config, at, modules, (rows, columns), section)
-        yield from integers or [matrix(name, modules, rows, columns)]
-        if has_bias:
-            yield bias(name, modules, rows)
+        pieces = [(name, modules, sum(rows))]
+        if not are_alike(config, modules):
+            pieces = [(f"{name}.{i}", (modules[i],), size) for i, size in enumerate(rows)]
+        for piece, some, size in pieces:
+            integers = quantized(config, f"{section}.{piece}", some, (size, columns), section)
+            yield from integers or [matrix(piece, some, size, columns)]
+            if has_bias:
+                yield bias(piece, some, size)
 
 
 def is_paired(config: ModelConfig, layout: str) -> bool:

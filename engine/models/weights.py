@@ -18,8 +18,9 @@ from ..errors import CheckpointError
 from ..messages import WeightsFacts
 from . import gptq
 from .config import ModelConfig
-from .quantization import Scheme
+from .quantization import NAMES, PACKED, Scheme
 from .recipes import Recipe, recipes
+from .stored import as_gptq
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +54,19 @@ class Linear:
     bias: Tensor | None
 
 
+Linears = Linear | tuple[Linear, ...]
+"""One matrix, or several whose outputs lie side by side: they are not quantised alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     input_norm: Tensor
-    qkv: Linear
+    qkv: Linears
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Linear
     post_norm: Tensor
-    gate_up: Linear
+    gate_up: Linears
     down: Linear
 
 
@@ -121,9 +126,10 @@ class Preparer:
         modules = recipe.parts
 
         def part(name: str) -> list[Tensor]:
-            found = [self._source.tensor(f"{module}.{name}") for module in modules]
+            stored = NAMES[scheme.stored][name]
+            found = [self._source.tensor(f"{module}.{stored}") for module in modules]
             self._num_bytes += sum(t.nbytes for t in found)
-            return found
+            return [as_gptq(name, t, scheme) for t in found]
 
         match recipe.role:
             case "words":
@@ -141,19 +147,33 @@ class Preparer:
         return self._copied(tensor.to(self._device))
 
     def _order(self, modules: tuple[str, ...], scheme: Scheme) -> Tensor | None:
-        found = {module: self._source.find(f"{module}.g_idx") for module in modules}
-        return gptq.common_order({m: g for m, g in found.items() if g is not None}, scheme)
+        name = NAMES[scheme.stored]["g_idx"]
+        found = {module: self._source.find(f"{module}.{name}") for module in modules}
+        # compressed-tensors: -1 where there is no order.
+        told = {m: g for m, g in found.items() if g is not None and not (g == -1).all()}
+        return gptq.common_order(told, scheme)
 
     def _check_beside(self, modules: tuple[str, ...], scheme: Scheme) -> None:
         """What is in the files and not needed must be what it is taken for."""
         for module in modules:
-            if scheme.is_symmetric:
+            if scheme.stored == PACKED:
+                self._check_shape(module, scheme)
+            elif scheme.is_symmetric:
                 gptq.check_symmetric(module, self._source.tensor(f"{module}.qzeros"), scheme)
             bias = self._source.find(f"{module}.bias")
             if bias is not None and f"{module}.bias" not in self._biases and bias.any():
                 raise CheckpointError(
                     f"{module}.bias is not zero, but by config.json this module has none"
                 )
+
+    def _check_shape(self, module: str, scheme: Scheme) -> None:
+        told = self._source.tensor(f"{module}.weight_shape").tolist()
+        num_outputs, num_words = self._source.tensor(f"{module}.weight_packed").shape
+        num_inputs = num_words * 32 // scheme.bits
+        if told != [num_outputs, num_inputs]:
+            raise CheckpointError(
+                f"{module}.weight_shape is {told}, the matrix [{num_outputs}, {num_inputs}]"
+            )
 
     def _made(self, recipe: Recipe, parts: list[Tensor]) -> Tensor:
         if recipe.layout.endswith(PAIRED):
@@ -210,16 +230,21 @@ def assemble(config: ModelConfig, layout: str, get: Callable[[Recipe], Tensor]) 
         weight = integers(name) if is_quantized else matrix(f"{name}.weight")
         return Linear(weight, vector(f"{name}.bias"))
 
+    def linears(name: str, num: int) -> Linears:
+        if {f"{name}.words", f"{name}.weight"} & found.keys():
+            return linear(name)
+        return tuple(linear(f"{name}.{i}") for i in range(num))
+
     def layer(index: int) -> LayerWeights:
         at = f"layers.{index}."
         return LayerWeights(
             input_norm=present(f"{at}input_norm"),
-            qkv=linear(f"{at}qkv"),
+            qkv=linears(f"{at}qkv", 3),
             q_norm=vector(f"{at}q_norm"),
             k_norm=vector(f"{at}k_norm"),
             o=linear(f"{at}o"),
             post_norm=present(f"{at}post_norm"),
-            gate_up=linear(f"{at}gate_up"),
+            gate_up=linears(f"{at}gate_up", 2),
             down=linear(f"{at}down"),
         )
 

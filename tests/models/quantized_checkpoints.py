@@ -1,6 +1,7 @@
-"""GPTQ checkpoints written, and read back, by the formula alone: nothing of the product is used.
+"""Quantised checkpoints written by the formats' formulas alone: nothing of the product is used.
 
-As GPTQModel documents the format (model_dequant.py, `convert_gptq_file`).
+GPTQ as GPTQModel documents it (model_dequant.py, `convert_gptq_file`), AWQ as AutoAWQ packs it
+(modules/linear/gemm.py, `from_linear`), pack-quantized as compressed-tensors (`pack_to_int32`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,20 @@ class Kind:
     desc_act: bool = False
     version: int = 1
     scales: torch.dtype = torch.float16
+    stored: str = "gptq"
 
     def config(self) -> dict[str, Any]:
+        if self.stored == "awq":
+            return {
+                "quant_method": "awq",
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "version": "gemm",
+                "zero_point": True,
+                "modules_to_not_convert": None,
+            }
+        if self.stored == "packed":
+            return packed_config(self)
         return {
             "quant_method": "gptq",
             "bits": self.bits,
@@ -38,8 +51,31 @@ class Kind:
         }
 
 
+def packed_config(kind: Kind) -> dict[str, Any]:
+    strategy = "channel" if kind.group_size == -1 else "group"
+    weights = {
+        "num_bits": kind.bits,
+        "type": "int",
+        "symmetric": kind.sym,
+        "strategy": strategy,
+        "group_size": None if strategy == "channel" else kind.group_size,
+        "actorder": "group" if kind.desc_act else None,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
 def quantize(weight: Tensor, kind: Kind, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """[N, K] -> the four tensors of the module, and the float64 [N, K] that they mean."""
+    """[N, K] -> the tensors of the module, and the float64 [N, K] that they mean."""
     w = weight.double().T  # [K, N]
     num_inputs, num_outputs = w.shape
     group = num_inputs if kind.group_size == -1 else kind.group_size
@@ -59,14 +95,51 @@ def quantize(weight: Tensor, kind: Kind, seed: int = 0) -> tuple[dict[str, Tenso
     scales = scales.to(kind.scales)
     q = ((w / scales.double()[g_idx]).round() + zeros[g_idx]).clamp(0, top).long()
     meant = scales.double()[g_idx] * (q.double() - zeros.double()[g_idx])
-    stored = (zeros.long() - int(kind.version == 1)) & top
-    tensors = {
+    store = {"gptq": gptq_tensors, "awq": awq_tensors, "packed": packed_tensors}[kind.stored]
+    return store(q, zeros.long(), scales, g_idx.to(torch.int32), kind), meant.T
+
+
+def gptq_tensors(
+    q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, kind: Kind
+) -> dict[str, Tensor]:
+    stored = (zeros - int(kind.version == 1)) & (2**kind.bits - 1)
+    return {
         "qweight": words(q, kind.bits, along=0),
         "qzeros": words(stored, kind.bits, along=1),
         "scales": scales,
-        "g_idx": g_idx.to(torch.int32),
+        "g_idx": g_idx,
     }
-    return tensors, meant.T
+
+
+def awq_tensors(
+    q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, kind: Kind
+) -> dict[str, Tensor]:
+    return {"qweight": awq_words(q), "qzeros": awq_words(zeros), "scales": scales}
+
+
+def awq_words(fields: Tensor) -> Tensor:
+    """[R, C] -> int32 [R, C / 8]: eight columns a word, in AutoAWQ's order."""
+    out = torch.zeros(fields.shape[0], fields.shape[1] // 8, dtype=torch.int64)
+    for column in range(out.shape[1]):
+        for i, place in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+            out[:, column] |= fields[:, column * 8 + place] << (4 * i)
+    return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32)
+
+
+def packed_tensors(
+    q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, kind: Kind
+) -> dict[str, Tensor]:
+    """Signed values with an offset are what q and zeros are already."""
+    tensors = {
+        "weight_packed": words(q.T, kind.bits, along=1),
+        "weight_scale": scales.T.contiguous(),
+        "weight_shape": torch.tensor([q.shape[1], q.shape[0]]),
+    }
+    if not kind.sym:
+        tensors["weight_zero_point"] = words(zeros.T, kind.bits, along=0)
+    if kind.desc_act:
+        tensors["weight_g_idx"] = g_idx
+    return tensors
 
 
 def words(fields: Tensor, bits: int, along: int) -> Tensor:

@@ -148,7 +148,7 @@ def test_extra_biases_of_zeros_are_passed_over(source: Path, tmp_path: Path) -> 
         ({"group_size": 0}, CheckpointError, "group_size is 0"),
         ({"group_size": 12}, UnsupportedModel, "group_size is 12"),
         ({"checkpoint_format": "marlin"}, UnsupportedModel, "'marlin'"),
-        ({"quant_method": "awq"}, UnsupportedModel, "'awq'"),
+        ({"quant_method": "aqlm"}, UnsupportedModel, "'aqlm'"),
         ({"sym": "yes"}, CheckpointError, "sym is 'yes'"),
         ({"checkpoint_format": "gptq_v2"}, CheckpointError, "are those of format gptq"),
         ({"bits": 8}, CheckpointError, "shape"),
@@ -202,12 +202,28 @@ def test_an_order_is_refused_where_none_is_expected_or_where_orders_differ() -> 
         gptq.order_of("q", a, Scheme(4, 2, True, False, True))
 
 
-def test_parts_that_are_computed_together_must_be_quantised_alike(
-    source: Path, tmp_path: Path
+@pytest.mark.parametrize("skipped", ["k_proj", "up_proj"])
+@pytest.mark.parametrize("kind", WHOLE[:2], ids=str)
+def test_parts_that_are_quantised_in_part_are_computed_each_for_itself(
+    kind: Kind, skipped: str, source: Path, tmp_path: Path
 ) -> None:
-    folder = write(source, tmp_path / "q", Kind(), skipped=("k_proj",))
-    with pytest.raises(UnsupportedModel, match="must be alike"):
-        fp32_engine(folder)
+    folder = write(source, tmp_path / "q", kind, skipped=(skipped,))
+    wanted = engine_tokens(fp32_engine(tmp_path / "q-float"), PROMPTS, 16)
+    assert engine_tokens(fp32_engine(folder), PROMPTS, 16) == wanted
+
+
+def test_parts_may_have_other_bits_by_a_dynamic_rule(source: Path, tmp_path: Path) -> None:
+    folder = write(source, tmp_path / "q", Kind())
+    eight = write(source, tmp_path / "eight", Kind(bits=8))
+    name = "model.layers.1.self_attn.v_proj"
+    for target, other in ((folder, eight), (tmp_path / "q-float", tmp_path / "eight-float")):
+        tensors = load_file(other / "model.safetensors")
+        found = {n.replace(".", "/"): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        edit_tensors(target, **found)
+    described = Kind().config() | {"dynamic": {r"+:.*layers\.1\..*v_proj": {"bits": 8}}}
+    edit_config(folder, quantization_config=described)
+    wanted = engine_tokens(fp32_engine(tmp_path / "q-float"), PROMPTS, 16)
+    assert engine_tokens(fp32_engine(folder), PROMPTS, 16) == wanted
 
 
 @pytest.mark.parametrize("kind", [WHOLE[0], WHOLE[1]], ids=str)
