@@ -232,14 +232,17 @@ def report(
         num_tokens = case.num_seqs * case.output_len
         rates = {
             name: {
-                "median": round(num_tokens / statistics.median(spent), 2),
-                "min": round(num_tokens / max(spent), 2),
-                "max": round(num_tokens / min(spent), 2),
+                "median": round(num_tokens / statistics.median(spent), 4),
+                "min": round(num_tokens / max(spent), 4),
+                "max": round(num_tokens / min(spent), 4),
             }
             for name, spent in found.items()
         }
         others = [rate["median"] for name, rate in rates.items() if name != OURS]
-        cases[text] = {"output_tokens_per_s": rates}
+        cases[text] = {
+            "output_tokens_per_s": rates,
+            "s": {name: round(statistics.median(spent), 3) for name, spent in found.items()},
+        }
         if others:
             cases[text]["ratio"] = round(rates[OURS]["median"] / max(others), 3)
     return {
@@ -264,6 +267,8 @@ def table(result: dict[str, Any]) -> list[str]:
     ]
     for case, found in result["cases"].items():
         rates = found["output_tokens_per_s"]
-        cells = [f"{r['median']} ({r['min']} to {r['max']})" for r in map(rates.get, names)]
+        cells = ["{median:.2f} ({min:.2f} to {max:.2f})".format(**rates[name]) for name in names]
+        if case.endswith("x1"):  # a prompt alone: rates of one token say little
+            cells = [f"{found['s'][name]} s" for name in names]
         lines.append(f"| {case} | {' | '.join(cells)} | {found.get('ratio', '')} |")
     return lines

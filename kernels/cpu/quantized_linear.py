@@ -14,6 +14,8 @@ __all__ = ["accepts", "quantized_linear", "supported"]
 
 ARGUMENTS = struct.Struct("9P6q")
 """QuantizedLinearArgs in src/level.h."""
+BLOCK_INPUTS = 128
+"""kBlockInputs in src/quantized.h; a row keeps two numbers for each block."""
 
 
 def accepts(
@@ -62,8 +64,9 @@ def quantized_linear(
     out = x.new_empty(num_rows, num_outputs)
     per_word = 32 // bits
     stride, num_groups = -(-num_inputs // per_word) * per_word, scales.shape[1]
+    num_blocks = num_groups * -(-min(group_size, num_inputs) // BLOCK_INPUTS)
     rows = scales.new_empty(num_rows, stride)
-    sums = scales.new_empty(num_rows, num_groups)
+    sums = scales.new_empty(num_rows, 2 * num_blocks)
     given = (0 if t is None else t.data_ptr() for t in (zeros, order, bias))
     native.call(
         "quantized_linear",

@@ -42,7 +42,7 @@ def test_children_run_in_turn_and_the_ratio_is_to_the_best(
     result = compare.report(seconds, reads, 1_000_000_000, "/models/tiny")
     assert result["limit_tokens_per_s"] == 2.0
     assert result["cases"]["2x3x4"]["ratio"] == 1.5
-    assert "| 2x3x4 | 300.0 (300.0 to 300.0)" in "\n".join(compare.table(result))
+    assert "| 2x3x4 | 300.00 (300.00 to 300.00)" in "\n".join(compare.table(result))
 
 
 def test_a_child_that_ends_is_named() -> None:

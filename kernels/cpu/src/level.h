@@ -105,7 +105,7 @@ struct QuantizedLinearArgs {
   const void* bias;            // null, or [num_outputs]
   void* out;                   // [num_rows, num_outputs], contiguous
   float* rows;                 // scratch: [num_rows, num_inputs up to a whole word]
-  float* group_sums;           // scratch: [num_rows, groups]
+  float* group_sums;           // scratch: [num_rows, blocks, 2]; see quantized.h
   i64 num_rows, num_inputs, num_outputs, row_stride, bits, group_size;
 };
 

@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
