@@ -79,6 +79,8 @@ def add_to(commands: Any) -> None:
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
         help="of the artefact's weights; auto: what `serve` would choose (default)",
     )  # fmt: skip
+    add.add_argument("--head-dtype", default="auto", choices=("auto", "int8"),
+                     help="as it will be served")  # fmt: skip
     add.add_argument("--no-build", action="store_true", help="only fetch, build no artefact")
     kind("list", _list, "what is there: sizes, ages, leases")
     verify = kind("verify", _verify, "hash everything again and compare")
@@ -117,7 +119,8 @@ def _add(arguments: argparse.Namespace) -> int:
         print("pilotlight: interrupted; the same command goes on from there", file=sys.stderr)
         return 130
     if not arguments.no_build:
-        added |= _build(store, Path(added["folder"]), arguments.device, arguments.dtype)
+        asked = arguments.device, arguments.dtype, arguments.head_dtype
+        added |= _build(store, Path(added["folder"]), *asked)
     _print(arguments, added, _added_lines(added))
     return 0
 
@@ -144,14 +147,15 @@ def _fetch(source: Source, store: Store, stop: threading.Event) -> dict[str, Any
     }
 
 
-def _build(store: Store, folder: Path, device: str, dtype: str) -> dict[str, Any]:
+def _build(store: Store, folder: Path, device: str, dtype: str, head_dtype: str) -> dict[str, Any]:
     """Hashes the checkpoint's files where they are not known yet, then writes the artefact."""
     from .engine.models.artefact import build
 
     with ProgressLine("hashing") as hashing, ProgressLine("building") as building:
         lines = {"hash": hashing, "build": building}
+        asked = device, dtype, head_dtype
         built = build(
-            store, folder, device, dtype, lambda what, done, total: lines[what].show(done, total)
+            store, folder, *asked, lambda what, done, total: lines[what].show(done, total)
         )
     return {"artefact": str(built.path), "key": built.key}
 

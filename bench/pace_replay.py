@@ -6,19 +6,15 @@ Knows the scheduler, plans of requests and what steps cost; knows no device.
 from __future__ import annotations
 
 import bisect
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..engine.core import EngineCore
-from ..engine.messages import Submit
-from ..engine.sampling_params import SamplingParams
 from ..engine.scheduler import Scheduler
 from ..engine.step import Step, StepResult
 from .arrivals import Planned, clamped
+from .replay import replay
 
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 64
@@ -61,6 +57,9 @@ class TimedDevice:
     def clock(self) -> float:
         return self.now_s
 
+    def wait_until(self, at_s: float) -> None:
+        self.now_s = at_s
+
     def run(self, step: Step) -> StepResult:
         self.now_s += self._costs.seconds(step)
         num_sampled = sum(row.num_sampled for row in step.rows)
@@ -73,21 +72,9 @@ def replayed(
     """Latencies of `plans`, `speed` times as fast as they came, under this limit."""
     device = TimedDevice(costs)
     core = EngineCore(_scheduler(context_len, slowdown), device, device.clock)
-    due = [clamped(planned, context_len) for planned in plans]
-    due_s = {str(i): planned.at_s / speed for i, planned in enumerate(due)}
-    came_s: dict[str, list[float]] = defaultdict(list)
-    num_sent = 0
-    while num_sent < len(due) or core.has_work:
-        while num_sent < len(due) and due_s[str(num_sent)] <= device.now_s:
-            core.submit(_submit(num_sent, due[num_sent]))
-            num_sent += 1
-        record = core.step()
-        if record is None:
-            device.now_s = due_s[str(num_sent)]
-            continue
-        for output in record.outputs:
-            came_s[output.request_id] += [device.now_s] * len(output.token_ids)
-    return _figures(due_s, came_s)
+    faster = [replace(planned, at_s=planned.at_s / speed) for planned in plans]
+    due = [clamped(planned, context_len) for planned in faster]
+    return replay(core, due, 1, device.clock, device.wait_until)
 
 
 def _scheduler(context_len: int, slowdown: float) -> Scheduler:
@@ -103,31 +90,8 @@ def _scheduler(context_len: int, slowdown: float) -> Scheduler:
     )
 
 
-def _submit(index: int, planned: Planned) -> Submit:
-    sampling = SamplingParams(max_tokens=planned.output_len, temperature=0.0, ignore_eos=True)
-    return Submit(str(index), [0] * planned.input_len, sampling)
-
-
-def _figures(due_s: Mapping[str, float], came_s: Mapping[str, list[float]]) -> dict[str, Any]:
-    ttft = [came_s[name][0] - at_s for name, at_s in due_s.items()]
-    gaps = np.concatenate([np.diff(times) for times in came_s.values()])
-    num_tokens = sum(map(len, came_s.values()))
-    ended_s = max(times[-1] for times in came_s.values())
-    ttft_p50, ttft_p99 = np.percentile(ttft, (50, 99))
-    gap_p50, gap_p99, gap_max = 1e3 * np.percentile(gaps, (50, 99, 100)) if len(gaps) else (0, 0, 0)
-    return {
-        "ttft_p50_s": round(float(ttft_p50), 3),
-        "ttft_p99_s": round(float(ttft_p99), 3),
-        "itl_p50_ms": round(float(gap_p50), 1),
-        "itl_p99_ms": round(float(gap_p99), 1),
-        "itl_max_ms": round(float(gap_max), 1),
-        "output_tokens_per_s": round(num_tokens / ended_s, 2),
-        "ended_s": ended_s,
-    }
-
-
 def capacity_speed(plans: Sequence[Planned], costs: StepCosts, context_len: int) -> float:
     """At which requests come just as fast as they are done: their time in the trace over the time
     that they take when all are there at once."""
     at_once = replayed(plans, float("inf"), costs, context_len, 0.0)
-    return (plans[-1].at_s - plans[0].at_s) / float(at_once["ended_s"])
+    return (plans[-1].at_s - plans[0].at_s) / float(at_once["spent_s"])

@@ -1,7 +1,9 @@
 """`pilotlight bench throughput`: the engine alone, here. Token ids in, one JSON line out.
 
 All sequences arrive at once; each has its own random prompt and ends after exactly `output_len`
-tokens. One uncounted run before the measured ones brings kernels and memory to their state of use.
+tokens. With --trace, requests come when and as long as those of a trace: what a server under the
+same load (`bench serving --trace`) can be compared with. One uncounted run before the measured ones
+brings kernels and memory to their state of use.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import random
 import statistics
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 from ..engine.boot import boot
 from ..engine.config import EngineConfig
@@ -19,6 +23,9 @@ from ..engine.core import EngineCore
 from ..engine.messages import FinishReason, Submit
 from ..engine.sampling_params import SamplingParams
 from ..server.config import DEMO_MODEL, size_bytes
+from .arrivals import clamped
+from .replay import replay
+from .traces import read_trace
 
 EPILOG = """\
 examples:
@@ -30,6 +37,9 @@ examples:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     core, vocab_size, kernels = booted(arguments)
+    if arguments.trace is not None:
+        print(json.dumps(traced(core, vocab_size, arguments)))
+        return 0
     runs = [run(core, vocab_size, arguments, seed) for seed in range(arguments.repeat + 1)][1:]
     elapsed_s = statistics.median(runs)
     num_output = arguments.num_seqs * arguments.output_len
@@ -60,11 +70,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add = top.add_argument
     add("model", nargs="?", default=str(DEMO_MODEL), help="checkpoint folder (default: the demo)")
+    add("--trace", type=Path, metavar="FILE", help="arrivals and lengths (CSV or JSON lines)")
+    add("--speed", type=float, default=1.0, metavar="X", help="so many times as fast; inf: at once")
+    add("--max-requests", type=int, metavar="N", help="of the trace")
     add("--num-seqs", type=int, default=32, metavar="N", help="(default: %(default)s)")
     add("--input-len", type=int, default=128, metavar="TOKENS", help="(default: %(default)s)")
     add("--output-len", type=int, default=64, metavar="TOKENS", help="(default: %(default)s)")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", default="auto", choices=dtypes, help="(default: %(default)s)")
+    add("--head-dtype", default="auto", choices=("auto", "int8"), help="(default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--max-batched-tokens", type=int, default=2048, metavar="TOKENS")
     add("--kv-cache-bytes", default="0", metavar="BYTES", help="as 512MiB; 0: from what is free")
@@ -87,6 +101,7 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         model=arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        head_dtype=arguments.head_dtype,
         max_model_len=arguments.input_len + arguments.output_len,
         max_num_seqs=arguments.num_seqs,
         max_batched_tokens=max(arguments.max_batched_tokens, arguments.num_seqs),
@@ -112,6 +127,20 @@ class SaidPhases:
 
     def beside(self, name: str, lane: str, began_s: float, ended_s: float) -> None:
         """Only the boot's own line is told."""
+
+
+def traced(core: EngineCore, vocab_size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Latencies and rate under a trace; contexts as long as --input-len and --output-len say."""
+    context_len = arguments.input_len + arguments.output_len
+    trace = read_trace(arguments.trace).faster(arguments.speed)
+    plans = [clamped(planned, context_len) for planned in trace.plans[: arguments.max_requests]]
+    warm_up = argparse.Namespace(num_seqs=arguments.num_seqs, input_len=16, output_len=8)
+    run(core, vocab_size, warm_up, 0)
+
+    def wait_until(at_s: float) -> None:
+        time.sleep(max(0.0, at_s - time.perf_counter()))
+
+    return replay(core, plans, vocab_size, time.perf_counter, wait_until)
 
 
 def run(core: EngineCore, vocab_size: int, arguments: argparse.Namespace, seed: int) -> float:

@@ -35,7 +35,8 @@ def start_behind(config: EngineConfig, found: FoundWeights) -> bool:
         return False
     module = (sys.executable, "-m", "pilotlight.engine.build_artefact")
     target = ("--device", found.target.device, "--dtype", found.target.dtype)
-    arguments = ("--cache", config.cache, *target, str(found.folder))
+    head = ("--head-dtype", config.head_dtype)
+    arguments = ("--cache", config.cache, *target, *head, str(found.folder))
     subprocess.Popen((*module, *arguments), stdin=subprocess.DEVNULL)
     return True
 
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--head-dtype", required=True)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     end_with_parent()
@@ -58,7 +60,8 @@ def main() -> int:
 
     torch.set_num_threads(1)
     try:
-        built = build(Store(arguments.cache), arguments.folder, arguments.device, arguments.dtype)
+        asked = arguments.device, arguments.dtype, arguments.head_dtype
+        built = build(Store(arguments.cache), arguments.folder, *asked)
     except SetupError as error:
         logger.warning("no artefact was written: %s", error)
         return 1

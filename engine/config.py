@@ -13,6 +13,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     be on standby, with everything but a model."""
     device: str = "auto"
     dtype: str = "auto"
+    head_dtype: str = "auto"
+    """Of the last product's matrix; auto: as in the checkpoint; int8: rounded when it is packed."""
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,7 @@ def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
     manifest = read_manifest(folder)
     model = find_quantized(read_model_config(folder), manifest)
     check_tensors(model, manifest)
+    model = replace(model, rounds_head=config.head_dtype == "int8")
     target = choose_target(config, model.checkpoint_dtype)
     if not config.cache:
         return FoundWeights(folder, model, manifest, target, "checkpoint (no cache)")
@@ -126,7 +127,7 @@ def key_of(digests: dict[str, str], folder: Path, model: ModelConfig, target: Ta
         digests,
         config_digest=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         dtype=target.dtype,
-        quantisation=str(model.quantization or "none"),
+        quantisation=str(model.quantization or "none") + ("; int8 head" * model.rounds_head),
         layout_version=LAYOUT_VERSION,
         target=target.name,
     )

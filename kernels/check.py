@@ -35,8 +35,14 @@ def assert_close(
 ) -> None:
     """Raise AssertionError, with the place and the size of the worst difference."""
     for a, w in zip(actual, wanted, strict=True):
-        relative, absolute = INT8_TOLERANCE if a.dtype is torch.int8 else TOLERANCES[dtype]
-        torch.testing.assert_close(a, w.to(a.dtype), rtol=relative, atol=absolute)
+        relative, absolute = _tolerances(a.dtype, dtype)
+        torch.testing.assert_close(a, w.to(a.dtype), rtol=relative, atol=absolute, equal_nan=True)
+
+
+def _tolerances(found: torch.dtype, dtype: torch.dtype) -> tuple[float, float]:
+    if found is torch.int8:
+        return INT8_TOLERANCE
+    return TOLERANCES[dtype] if found.is_floating_point else (0.0, 0.0)
 
 
 def _widened(argument: object) -> object:

@@ -40,6 +40,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: int = -1
     device: str = "auto"
     dtype: str = "auto"
+    head_dtype: str = "auto"
     num_threads: int = 0
     cache: str = ""
     verify: str = "full"
@@ -68,6 +69,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             model="" if self.standby else self.model,
             device=self.device,
             dtype=self.dtype,
+            head_dtype=self.head_dtype,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
@@ -146,6 +148,13 @@ OPTIONS = (
         "of weights, and of the cache unless --kv-cache-dtype says otherwise; auto is the "
         "checkpoint's own on CUDA, and bfloat16 on a CPU that multiplies it, else float32",
         choices=("auto", "bfloat16", "float16", "float32"),
+    ),
+    Option(
+        "head_dtype",
+        "model",
+        "of the last product's matrix (lm_head); auto: as in the checkpoint; int8: rounded when "
+        "weights are packed, for fewer bytes a token, results change a little",
+        choices=("auto", "int8"),
     ),
     Option(
         "num_threads",

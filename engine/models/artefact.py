@@ -48,10 +48,12 @@ def build(
     folder: Path,
     device: str = "auto",
     dtype: str = "auto",
+    head_dtype: str = "auto",
     on_bytes: OnBytes = lambda what, done, total: None,
 ) -> Built:
     """Builds the artefact, or finds that it is there. Raises SetupError."""
-    found = find_weights(EngineConfig(model=str(folder), device=device, dtype=dtype), folder)
+    asked = EngineConfig(model=str(folder), device=device, dtype=dtype, head_dtype=head_dtype)
+    found = find_weights(asked, folder)
     key = key_of(_digests(store, found, on_bytes), folder, found.model, found.target)
     specs = [_spec(recipe, found.target.dtype) for recipe in _recipes(found)]
     about = {"architecture": found.model.architecture, "source": str(folder.resolve())}

@@ -56,6 +56,8 @@ class ModelConfig:
     """As the configuration describes it; which matrices it is of, the weights say."""
     quantized: frozenset[str] = frozenset()
     """Those modules; see `names.find_quantized`."""
+    rounds_head: bool = False
+    """The last product's matrix becomes int8; see rounded_head.py."""
 
     def scheme_of(self, module: str) -> Scheme | None:
         """None: the module has floats."""

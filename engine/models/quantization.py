@@ -81,6 +81,10 @@ class Quantization:
         return f"{self.method} {self.scheme}{rules}"
 
 
+ROUNDED_HEAD = Scheme(8, 128, True, False, False, "rounded")
+"""Of a head that the checkpoint has as floats; see rounded_head.py."""
+
+
 def quantized_modules(names: Iterable[str]) -> frozenset[str]:
     """Of a checkpoint with tensors of these names."""
     parts = (name.rpartition(".") for name in names)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...kernels.layout_names import INT4, INT8, PAIRED, PANEL, PLAIN
 from .config import ModelConfig
-from .quantization import Scheme
+from .quantization import ROUNDED_HEAD, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def recipes(config: ModelConfig, layout: str) -> list[Recipe]:
     head = quantized(config, "head", ("lm_head",), vocab, "head")
     if head:
         found += head
+    elif config.rounds_head:
+        found += _rounded_head(config, vocab)
     elif not config.is_tied:
         found.append(Recipe("head", ("lm_head.weight",), vocab, layout, "head"))
     return found
@@ -61,6 +63,14 @@ def quantized(
     layout = INT4 if scheme.bits == 4 else INT8
     return [
         Recipe(f"{name}.{role}", modules, shape, layout, section, role, scheme) for role in roles
+    ]
+
+
+def _rounded_head(config: ModelConfig, vocab: tuple[int, int]) -> list[Recipe]:
+    part = "model.embed_tokens.weight" if config.is_tied else "lm_head.weight"
+    return [
+        Recipe(f"head.{role}", (part,), vocab, INT8, "head", role, ROUNDED_HEAD)
+        for role in ("words", "scales")
     ]
 
 

@@ -18,8 +18,9 @@ from ..errors import CheckpointError
 from ..messages import WeightsFacts
 from . import gptq
 from .config import ModelConfig
-from .quantization import NAMES, PACKED, Scheme
+from .quantization import NAMES, PACKED, ROUNDED_HEAD, Scheme
 from .recipes import Recipe, recipes
+from .rounded_head import rounded
 from .stored import as_gptq
 
 
@@ -113,6 +114,8 @@ class Preparer:
         )
 
     def __call__(self, recipe: Recipe) -> Tensor:
+        if recipe.scheme is ROUNDED_HEAD:
+            return self._copied(rounded(recipe.role, self._source.tensor(*recipe.parts)))
         if recipe.scheme is not None:
             return self._integers(recipe, recipe.scheme)
         parts = [self._source.tensor(name) for name in recipe.parts]

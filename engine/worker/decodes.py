@@ -7,26 +7,28 @@ its code and data come from memory each time: the weights have pushed them out o
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import Generic, TypeVar
 
 from ...kernels.cpu.recording import MemoryPool, Recording, record
 from .inputs import StepInputs
+
+Result = TypeVar("Result")
+"""Tensors of some kind."""
 
 MAX_RECORDED_TOKENS = 128
 """Larger steps are rare, and the kernels in them long."""
 
 
-class RecordedDecodes:
+class RecordedDecodes(Generic[Result]):
     """For one function of inputs whose buffers never move; `pulse` shows that a step gets on."""
 
-    def __init__(self, function: Callable[[StepInputs], Tensor], pulse: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[StepInputs], Result], pulse: Callable[[], None]) -> None:
         self._function = function
         self._pulse = pulse
         self._pool = MemoryPool()
-        self._recordings: dict[int, Recording | None] = {}
+        self._recordings: dict[int, Recording[Result] | None] = {}
 
-    def run(self, inputs: StepInputs) -> Tensor:
+    def run(self, inputs: StepInputs) -> Result:
         """The function's result, which the next run overwrites."""
         num_tokens = len(inputs.token_ids)
         if not inputs.is_decode or num_tokens > MAX_RECORDED_TOKENS:
@@ -36,7 +38,7 @@ class RecordedDecodes:
         recording = self._recordings[num_tokens]
         return self._function(inputs) if recording is None else recording.run(self._pulse)
 
-    def _record(self, num_tokens: int, inputs: StepInputs) -> Tensor:
+    def _record(self, num_tokens: int, inputs: StepInputs) -> Result:
         result, recording = record(lambda: self._function(inputs), self._pool)
         self._recordings[num_tokens] = recording
         return result

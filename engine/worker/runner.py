@@ -35,7 +35,7 @@ class Runner:
         self._inputs = InputBuffers(
             self._tables, max_batched_tokens, max_num_rows, block_size, device
         )
-        self._decodes = RecordedDecodes(self._logits, model.pulse)
+        self._decodes = RecordedDecodes(self._computed, model.pulse)
         self._sampler = Sampler(self._tables)
 
     @torch.inference_mode()
@@ -43,13 +43,18 @@ class Runner:
         """Takes the step's changes, computes its rows and samples where asked."""
         self._tables.apply(step)
         inputs = self._inputs.fill(step)
-        logits = self._decodes.run(inputs)
+        logits, best = self._decodes.run(inputs)
         if len(inputs.slots) == 0:
             return StepResult([], [])
-        result = self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
+        if self._tables.takes_best[inputs.slots].all():
+            result = StepResult(best.tolist(), [None] * len(best))
+        else:
+            result = self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
         self._tables.token_ids[inputs.slots, inputs.lengths] = result.token_ids
         return result
 
-    def _logits(self, inputs: StepInputs) -> Tensor:
+    def _computed(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Logits, and their most likely tokens."""
         hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
-        return self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])
+        logits = self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])
+        return logits, self._model.greedy(logits)

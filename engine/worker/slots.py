@@ -31,6 +31,8 @@ class SlotTables:
         self.is_adjusted = np.zeros(num_slots, dtype=bool)
         """Needs its logits changed: bias, penalties or min_tokens."""
         self.num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        self.takes_best = np.zeros(num_slots, dtype=bool)
+        """Greedy on the logits as they are, and asks for nothing else."""
         self.sampling = [NO_SAMPLING] * num_slots
         self.stop_ids: list[tuple[int, ...]] = [()] * num_slots
 
@@ -59,6 +61,8 @@ class SlotTables:
         self.is_adjusted[slot] = (
             sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
         )
+        is_plain = not self.is_adjusted[slot] and sampling.num_logprobs < 0
+        self.takes_best[slot] = is_plain and sampling.temperature <= 0.0
 
     def _grow(self, growth: Growth) -> None:
         end = growth.first_index + len(growth.block_ids)

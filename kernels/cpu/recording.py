@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import native
+
+Result = TypeVar("Result")
+"""Tensors of some kind."""
 
 ALIGNMENT_BYTES = 64
 CALLS_PER_PULSE = 32
@@ -62,14 +65,14 @@ class MemoryPool:
         return memory[start : start + num_bytes]
 
 
-class Recording:
-    """A function's native calls, and the tensor it returned: each `run` fills it anew."""
+class Recording(Generic[Result]):
+    """A function's native calls, and the tensors it returned: each `run` fills it anew."""
 
-    def __init__(self, calls: list[native.RecordedCall], result: Tensor) -> None:
+    def __init__(self, calls: list[native.RecordedCall], result: Result) -> None:
         self._program = native.Program(calls)
         self._result = result
 
-    def run(self, pulse: Callable[[], None]) -> Tensor:
+    def run(self, pulse: Callable[[], None]) -> Result:
         """`pulse` is called now and then, so that a long run shows life."""
         num_calls = len(self._program)
         for first in range(0, num_calls, CALLS_PER_PULSE):
@@ -78,7 +81,9 @@ class Recording:
         return self._result
 
 
-def record(function: Callable[[], Tensor], pool: MemoryPool) -> tuple[Tensor, Recording | None]:
+def record(
+    function: Callable[[], Result], pool: MemoryPool
+) -> tuple[Result, Recording[Result] | None]:
     """The function's result; its recording, or None where torch itself computed something.
 
     The function reads its inputs from memory that stays, and writes results to memory of the pool.

@@ -36,6 +36,8 @@ def cpu_engine(folder: Path, **overrides: int | str) -> EngineCore:
         "max_batched_tokens": 16,
         "max_model_len": 200,
         "num_threads": 1,
+        # Chunks of prompts are then of the same tokens at any speed.
+        "max_decode_slowdown": 0.0,
     }
     config = EngineConfig(model=str(folder), device="cpu", **(settings | overrides))
     return boot(config, Unheard(), lambda: None).core

@@ -22,6 +22,12 @@ struct RmsNormArgs {
   float eps;
 };
 
+struct GreedyArgs {
+  const void* logits;  // [num_rows, size]
+  i32* out;            // [num_rows]
+  i64 num_rows, size, row_stride;
+};
+
 struct SiluMulArgs {
   const void* gate_up;   // [num_rows, 2 * size]
   void* out;             // [num_rows, size], contiguous
@@ -120,6 +126,7 @@ struct LimitArgs {
 struct Level {
   bool (*rms_norm)(DType, const RmsNormArgs&);
   bool (*silu_mul)(DType, const SiluMulArgs&);
+  bool (*greedy)(DType, const GreedyArgs&);
   bool (*rope_store_kv)(DType, const RopeStoreArgs&);
   bool (*rope_store_kv_int8)(DType, const RopeStoreArgs&);
   bool (*paged_attention)(DType, const AttentionArgs&);
