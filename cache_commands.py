@@ -216,7 +216,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from .server.config import size_bytes
+    from .server.sizes import size_bytes
 
     store = _writable(arguments)
     if arguments.low and not arguments.high:

@@ -258,7 +258,7 @@ def _admin(arguments: argparse.Namespace) -> int:
     if arguments.order != "load" and (arguments.model or options):
         raise ConfigError(f"{arguments.order} takes no model: it is about the one that is there")
     if "kv_cache_bytes" in options:
-        from .server.config import size_bytes
+        from .server.sizes import size_bytes
 
         options["kv_cache_bytes"] = size_bytes("--kv-cache-bytes", options["kv_cache_bytes"])
     from .client.admin import give_order

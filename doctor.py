@@ -109,7 +109,8 @@ def kernels() -> list[Finding]:
     device, findings = auto_device(), []
     for dtype in (torch.bfloat16, torch.float32):
         for op, choice in bind(device, dtype).choices.items():
-            others = [i.name for i in implementations(op) if i.name != choice]
+            usable = [i for i in implementations(op) if i.supported(device, dtype)]
+            others = [i.name for i in usable if i.name != choice]
             why = f"also there: {', '.join(others)}" if others else "the only one"
             findings.append(Finding(f"operations in {dtype_name(dtype)}", op, choice, why))
     return findings

@@ -22,7 +22,8 @@ from ..engine.config import EngineConfig
 from ..engine.core import EngineCore
 from ..engine.messages import FinishReason, Submit
 from ..engine.sampling_params import SamplingParams
-from ..server.config import DEMO_MODEL, size_bytes
+from ..server.config import DEMO_MODEL
+from ..server.sizes import size_bytes
 from .arrivals import clamped
 from .replay import replay
 from .traces import read_trace

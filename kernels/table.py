@@ -19,21 +19,24 @@ from torch import Tensor
 from .cpu import native
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("cpu", "reference"),
-    "add_rms_norm": ("cpu", "reference"),
-    "rope_store_kv": ("cpu", "reference"),
+    "rms_norm": ("triton", "cpu", "reference"),
+    "add_rms_norm": ("triton", "cpu", "reference"),
+    "rope_store_kv": ("triton", "cpu", "reference"),
     "rope_store_kv_int8": ("cpu", "reference"),
-    "silu_mul": ("cpu", "reference"),
-    "paged_attention": ("cpu", "reference"),
+    "silu_mul": ("triton", "cpu", "reference"),
+    "paged_attention": ("triton", "cpu", "reference"),
     "paged_attention_int8": ("cpu", "reference"),
     "linear": ("cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
     "packed_gate_up": ("cpu", "reference"),
     "packed_embedding": ("cpu", "reference"),
-    "quantized_linear": ("cpu", "reference"),
-    "greedy": ("cpu", "reference"),
+    "quantized_linear": ("triton", "cpu", "reference"),
+    "greedy": ("triton", "cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
+
+DEVICES = {"triton": "cuda", "cpu": "cpu"}
+"""Of a folder: for other devices its modules, and what they need, are not even imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,10 @@ class Implementation:
         return function
 
     def supported(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return self.name == "reference" or self.module().supported(device, dtype)
+        if self.name == "reference":
+            return True
+        is_for = DEVICES[self.name] == device.type
+        return is_for and bool(self.module().supported(device, dtype))
 
     def accepts(self, *args: object) -> bool:
         return self.name == "reference" or self.module().accepts(*args)

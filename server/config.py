@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from ..engine.config import EngineConfig, SupervisionPolicy
 from ..engine.errors import ConfigError
 from ..engine.logs import LEVELS
 from ..engine.model_place import default_name
+from .sizes import size_bytes
 
 NO_CACHE = "off"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
@@ -314,9 +313,6 @@ GROUPS = {
     "life": "life and death",
 }
 
-UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
-         "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
-
 
 def serve_config(flags: Mapping[str, Any], file: Path | None) -> ServeConfig:
     """Merges the flags that were given over the file. Raises ConfigError."""
@@ -387,15 +383,6 @@ def _checked(name: str, value: Any) -> Any:
             f"{option.flag} is {value!r}: must be {option.low:g} to {option.high:.12g}"
         )
     return value
-
-
-def size_bytes(flag: str, value: Any) -> int:
-    """4096, "4096", "512MiB", "4 GiB"."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    unit = match and UNITS.get(match[2].lower())
-    if not match or unit is None:
-        raise ConfigError(f"{flag} is {value!r}: give bytes, or a number with KiB, MiB or GiB")
-    return int(Decimal(match[1]) * unit)
 
 
 def cache_root() -> Path:

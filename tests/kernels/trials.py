@@ -52,6 +52,8 @@ class Trial:
 def trials(is_quick: bool = False) -> Iterator[Trial]:
     for op in table.TABLE:
         for implementation in table.implementations(op):
+            if implementation.name == "triton":  # see triton_trials.py
+                continue
             levels = native.levels() if implementation.name == "cpu" else [None]
             for level in levels:
                 is_best = level is not None and level == levels[0] and not is_quick

@@ -19,8 +19,8 @@ from pilotlight.server.config import (
     cache_root,
     loaded_config,
     serve_config,
-    size_bytes,
 )
+from pilotlight.server.sizes import size_bytes
 
 BY_NAME = {option.name: option for option in OPTIONS}
 NEEDS = {"standby": {"admin_port": 0}}

@@ -1,0 +1,1 @@
+"""Implementations in Triton, for CUDA devices; its interpreter runs them anywhere, slowly."""
