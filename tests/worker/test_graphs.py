@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_tokens_are_those_of_an_engine_without_graphs(
 def test_padding_leaves_every_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     core = booted(FakeGraphs(), monkeypatch)
     engine_tokens(core, PROMPTS, 4)
-    runner = core._runner
+    runner: Any = core._runner
     before = [(cache.k.clone(), cache.v.clone()) for cache in runner._caches]
     with torch.inference_mode():
         runner._decodes.run(runner._inputs.blank(4))
