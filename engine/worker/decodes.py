@@ -28,6 +28,13 @@ class RecordedDecodes(Generic[Result]):
         self._pool = MemoryPool()
         self._recordings: dict[int, Recording[Result] | None] = {}
 
+    def num_padded(self, num_rows: int) -> int:
+        """Steps are recorded for every number of tokens: none is filled up."""
+        return num_rows
+
+    def capture_next(self) -> None:
+        """Nothing is recorded before a step needs it."""
+
     def run(self, inputs: StepInputs) -> Result:
         """The function's result, which the next run overwrites."""
         num_tokens = len(inputs.token_ids)

@@ -6,37 +6,40 @@ graph captured over them can be replayed for any later step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..models.decoder import AttentionBatch
 from ..step import Step
 from .slots import SlotTables
+from .staging import Staging
 
 
 class Buffer:
     """A host array and the device tensor that follows it; on a CPU they are one memory."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._host_tensor = torch.zeros(shape, dtype=torch.int32, pin_memory=is_cuda)
+    def __init__(self, shape: tuple[int, ...], staging: Staging) -> None:
+        self._staging = staging
+        self._host_tensor = staging.host(shape)
         self.host = self._host_tensor.numpy()
-        self._device_tensor = self._host_tensor.to(device) if is_cuda else self._host_tensor
+        self._device_tensor = staging.mirror(self._host_tensor)
 
     def on_device(self, num_rows: int) -> Tensor:
         """The first `num_rows` rows, copied over where that is another memory."""
         view = self._device_tensor[:num_rows]
-        if self._device_tensor is not self._host_tensor:
-            view.copy_(self._host_tensor[:num_rows], non_blocking=True)
+        self._staging.copy(self._host_tensor[:num_rows], view)
         return view
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """token_ids: [T]; sampled: [S] the tokens that are sampled after; slots, lengths: [S]."""
+    """token_ids: [T]; sampled: [S] the tokens that are sampled after; slots, lengths: [S].
+
+    A decode step may be filled up with rows of padding: then T is larger than S.
+    """
 
     token_ids: Tensor
     batch: AttentionBatch
@@ -45,11 +48,14 @@ class StepInputs:
     lengths: np.ndarray
     """Tokens of the sequence before the one to be sampled."""
     is_decode: bool
-    """Every row is one token, and is sampled after."""
+    """Every row is one token, and is sampled after, or is padding."""
 
 
 class InputBuffers:
-    """Room for `max_num_tokens` tokens in `max_num_rows` rows."""
+    """Room for `max_num_tokens` tokens in `max_num_rows` rows.
+
+    Rows of padding read `padding_block`, which no sequence may have, and store nothing.
+    """
 
     def __init__(
         self,
@@ -57,30 +63,70 @@ class InputBuffers:
         max_num_tokens: int,
         max_num_rows: int,
         block_size: int,
-        device: torch.device,
+        staging: Staging,
+        padding_block: int = 0,
     ) -> None:
         self._tables = tables
         self._block_size = block_size
-        self._token_ids = Buffer((max_num_tokens,), device)
-        self._positions = Buffer((max_num_tokens,), device)
-        self._slot_mapping = Buffer((max_num_tokens,), device)
-        self._block_tables = Buffer((max_num_rows, tables.block_ids.shape[1]), device)
-        self._query_start = Buffer((max_num_rows + 1,), device)
-        self._context_lens = Buffer((max_num_rows,), device)
-        self._sampled = Buffer((max_num_rows,), device)
-        self._token_index = np.arange(max_num_tokens, dtype=np.int32)
+        self._staging = staging
+        self._padding_block = padding_block
+        self._token_ids = Buffer((max_num_tokens,), staging)
+        self._positions = Buffer((max_num_tokens,), staging)
+        self._slot_mapping = Buffer((max_num_tokens,), staging)
+        self._block_tables = Buffer((max_num_rows, tables.block_ids.shape[1]), staging)
+        self._query_start = Buffer((max_num_rows + 1,), staging)
+        self._context_lens = Buffer((max_num_rows,), staging)
+        self._sampled = Buffer((max_num_rows,), staging)
+        self._token_index = np.arange(max(max_num_tokens, max_num_rows) + 1, dtype=np.int32)
 
-    def fill(self, step: Step) -> StepInputs:
-        """Gathers the step's tokens; no loop runs over tokens."""
+    def fill(self, step: Step, num_padded: Callable[[int], int] = lambda n: n) -> StepInputs:
+        """Gathers the step's tokens; no loop runs over tokens.
+
+        A step of n decodes alone is filled up to `num_padded(n)` rows.
+        """
         fields = [(r.slot, r.start, r.num_tokens, r.num_sampled) for r in step.rows]
         slots, starts, counts, samples = np.array(fields, dtype=np.int32).T
         if step.drafted:
             slots, starts, counts, samples = _token_by_token(slots, starts, counts, samples)
         num_rows, num_tokens = len(slots), int(counts.sum())
+        self._staging.wait()
         self._fill_rows(slots, starts, counts)
         self._fill_tokens(slots, starts, counts, num_tokens)
         chosen = np.flatnonzero(samples)
         self._sampled.host[: len(chosen)] = self._query_start.host[1:][chosen] - 1
+        is_decode = len(chosen) == num_tokens
+        if is_decode:
+            num_rows = num_tokens = self._pad(num_rows, num_padded(num_rows))
+        return self._staged(
+            num_tokens, num_rows, slots[chosen], (starts + counts)[chosen], is_decode
+        )
+
+    def blank(self, num_rows: int) -> StepInputs:
+        """A decode step of padding alone."""
+        self._staging.wait()
+        self._query_start.host[0] = 0
+        self._pad(0, num_rows)
+        nothing = np.zeros(0, dtype=np.int32)
+        return self._staged(num_rows, num_rows, nothing, nothing, is_decode=True)
+
+    def _pad(self, begin: int, end: int) -> int:
+        """Rows of one token at position 0, in nobody's block, and no cell to be stored in."""
+        self._token_ids.host[begin:end] = 0
+        self._positions.host[begin:end] = 0
+        self._slot_mapping.host[begin:end] = -1
+        self._block_tables.host[begin:end] = self._padding_block
+        self._context_lens.host[begin:end] = 1
+        self._query_start.host[begin : end + 1] = self._token_index[begin : end + 1]
+        return end
+
+    def _staged(
+        self,
+        num_tokens: int,
+        num_rows: int,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        is_decode: bool,
+    ) -> StepInputs:
         batch = AttentionBatch(
             positions=self._positions.on_device(num_tokens),
             slot_mapping=self._slot_mapping.on_device(num_tokens),
@@ -88,14 +134,16 @@ class InputBuffers:
             query_start=self._query_start.on_device(num_rows + 1),
             context_lens=self._context_lens.on_device(num_rows),
         )
-        return StepInputs(
+        inputs = StepInputs(
             token_ids=self._token_ids.on_device(num_tokens),
             batch=batch,
-            sampled=self._sampled.on_device(len(chosen)),
-            slots=slots[chosen],
-            lengths=(starts + counts)[chosen],
-            is_decode=len(chosen) == num_tokens,
+            sampled=self._sampled.on_device(len(slots)),
+            slots=slots,
+            lengths=lengths,
+            is_decode=is_decode,
         )
+        self._staging.fence()
+        return inputs
 
     def _fill_rows(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         num_rows = len(slots)

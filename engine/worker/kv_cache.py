@@ -97,10 +97,17 @@ def _not_enough(
 
 
 def allocate(
-    plan: KvPlan, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    plan: KvPlan,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_padding_blocks: int = 0,
 ) -> list[LayerCache]:
-    """Zeroed caches, one pair per layer. Zeros, so that no cell ever holds a NaN of old memory."""
-    cells = (plan.num_blocks, plan.block_size, model.num_kv_heads)
+    """Zeroed caches, one pair per layer. Zeros, so that no cell ever holds a NaN of old memory.
+
+    Blocks of padding lie behind those that the plan gives to sequences.
+    """
+    cells = (plan.num_blocks + num_padding_blocks, plan.block_size, model.num_kv_heads)
 
     def layer() -> LayerCache:
         k, v = (_zeros((*cells, model.head_dim), device, dtype) for _ in range(2))

@@ -5,6 +5,7 @@ Knows files and the machine; knows no process and no requests. Every stretch is 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -28,12 +29,16 @@ from ..models.names import expected_tensors
 from ..models.recipes import recipes
 from ..models.weights import ModelWeights, Preparer, assemble
 from ..speculation import MAX_STEP_ROWS
+from .graphs import GraphBackend
 from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
 from .runner import Runner
+from .staging import staging_for
 
 if TYPE_CHECKING:
     from ...weights_cache.reader.readers import Reader
     from ...weights_cache.stream.device import DeviceArena
+
+logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,21 +60,41 @@ def load_runner(
         weights, weights_facts = _weights(found, device, dtype, report)
     report("bind_kernels", 0, 0, f"{device.type}, {target.dtype}")
     kernels = bind(device, dtype)
-    report("allocate_kv", 0, 0, "")
     kv_dtype = cache_dtype(config, dtype)
+    graphs = _graphs_for(device, kernels, kv_dtype)
+    report("allocate_kv", 0, 0, "")
     plan = plan_kv_cache(config, model, device, kv_dtype, read_plan(found, config))
     with torch.inference_mode():
         runner = Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),
-            allocate(plan, model, device, kv_dtype),
+            allocate(plan, model, device, kv_dtype, num_padding_blocks=int(graphs is not None)),
             context_len=plan.context_len,
             block_size=plan.block_size,
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
             max_num_drafts=MAX_STEP_ROWS,
-            device=device,
+            staging=staging_for(device),
+            graphs=graphs,
         )
     return runner, replace(_facts(found, kernels, plan, kv_dtype), weights=weights_facts)
+
+
+def _graphs_for(
+    device: torch.device, kernels: Kernels, kv_dtype: torch.dtype
+) -> GraphBackend | None:
+    """None on a CPU, where steps are recorded, and where an operation waits for the host."""
+    if device.type != "cuda":
+        return None
+    suffix = "_int8" if kv_dtype is torch.int8 else ""
+    # These, as the reference computes them, ask the host what is in their tensors.
+    asking = (f"rope_store_kv{suffix}", f"paged_attention{suffix}")
+    on_reference = [op for op in asking if kernels.choices[op] == "reference"]
+    if on_reference:
+        logger.info("decode steps run without graphs: no kernels for %s", ", ".join(on_reference))
+        return None
+    from .cuda_graphs import CudaGraphs
+
+    return CudaGraphs(device)
 
 
 def _weights(

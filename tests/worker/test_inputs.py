@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from pilotlight.engine.sampling_params import SamplingParams
 from pilotlight.engine.step import Admission, Draft, Growth, Row, Step
 from pilotlight.engine.worker.inputs import InputBuffers, StepInputs
 from pilotlight.engine.worker.slots import SlotTables
+from pilotlight.engine.worker.staging import OneMemory
 
 NUM_SLOTS = 6
 CONTEXT_LEN = 37
@@ -41,7 +41,7 @@ class Worker:
         self._dice = random.Random(seed)
         self._tables = SlotTables(NUM_SLOTS, CONTEXT_LEN, BLOCK_SIZE)
         self._buffers = InputBuffers(
-            self._tables, MAX_NUM_TOKENS, NUM_SLOTS + 4, BLOCK_SIZE, torch.device("cpu")
+            self._tables, MAX_NUM_TOKENS, NUM_SLOTS + 4, BLOCK_SIZE, OneMemory()
         )
         self._tokens: dict[int, list[int]] = {}
         self._blocks: dict[int, list[int]] = {}
