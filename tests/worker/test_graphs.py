@@ -63,13 +63,13 @@ def test_padding_leaves_every_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     core = booted(FakeGraphs(), monkeypatch)
     engine_tokens(core, PROMPTS, 4)
     runner: Any = core._runner
-    before = [(cache.k.clone(), cache.v.clone()) for cache in runner._caches]
+    caches = [half for cache in runner._caches for half in (cache.k, cache.v)]
+    assert not any(half[-1].any() for half in caches), "the scheduler gave padding's block away"
     with torch.inference_mode():
+        for half in caches:
+            half.fill_(0.5)  # what no token would leave
         runner._decodes.run(runner._inputs.blank(4))
-    for cache, (k, v) in zip(runner._caches, before, strict=True):
-        assert torch.equal(cache.k, k)
-        assert torch.equal(cache.v, v)
-        assert not cache.k[-1].any(), "the scheduler gave padding's block away"
+    assert all(bool((half == 0.5).all()) for half in caches)
 
 
 def test_padding_is_in_nobodys_block_and_in_no_cell() -> None:
