@@ -92,16 +92,18 @@ def test_both_give_logits_of_equal_bits(cached: Cached) -> None:
 
 
 def _logits(cached: Cached, booted: Booted) -> list[Tensor]:
-    """All that the sampler was given, as fp32, in the order of steps."""
+    """Of every token that was chosen, in the order of steps."""
     seen: list[Tensor] = []
-    sampler = booted.core._runner._sampler
-    sample = sampler.sample
+    decodes = booted.core._runner._decodes
+    run = decodes.run
 
-    def noted(logits: Tensor, *rest: Any) -> Any:
-        seen.append(logits.clone())
-        return sample(logits, *rest)
+    def noted(inputs: Any) -> Any:
+        logits, best = run(inputs)
+        if len(logits):
+            seen.append(logits.float().clone())
+        return logits, best
 
-    sampler.sample = noted
+    decodes.run = noted
     cached.tokens(booted)
     return seen
 

@@ -73,6 +73,8 @@ def test_a_build_fits_where_a_copy_of_the_model_does_not(tmp_path: Path) -> None
         tmp_path / "cache",
         "--device",
         "cpu",
+        "--head-dtype",
+        "auto",
         "--dtype",
         "bfloat16",
         tmp_path / "model",
