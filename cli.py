@@ -110,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: Any) -> None:
-    from .server.config import GROUPS, OPTIONS
+    from .server.config import default_of
+    from .server.options import GROUPS, OPTIONS
 
     serve = commands.add_parser(
         "serve",
@@ -131,12 +132,11 @@ def _add_serve(commands: Any) -> None:
         group = serve.add_argument_group(title)
         for option in OPTIONS:
             if option.group == key:
-                _add_option(group, option)
+                _add_option(group, option, default_of(option))
     serve.set_defaults(command=_serve)
 
 
-def _add_option(group: Any, option: Any) -> None:
-    default = option.default
+def _add_option(group: Any, option: Any, default: Any) -> None:
     shown = "" if "default:" in option.help or default == "" else f" (default: {default})"
     help_text = (option.help + shown).replace("%", "%%")
     if isinstance(default, bool):

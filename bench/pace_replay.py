@@ -47,6 +47,14 @@ class StepCosts:
         return self.by_tokens[low] + share * (self.by_tokens[high] - self.by_tokens[low])
 
 
+@dataclass(frozen=True)
+class Computed:
+    num_sampled: int
+
+    def land(self) -> StepResult:
+        return StepResult([0] * self.num_sampled, [None] * self.num_sampled)
+
+
 class TimedDevice:
     """Runs steps by adding their cost to its clock; samples nothing but zeros."""
 
@@ -60,10 +68,9 @@ class TimedDevice:
     def wait_until(self, at_s: float) -> None:
         self.now_s = at_s
 
-    def run(self, step: Step) -> StepResult:
+    def start(self, step: Step) -> Computed:
         self.now_s += self._costs.seconds(step)
-        num_sampled = sum(row.num_sampled for row in step.rows)
-        return StepResult([0] * num_sampled, [None] * num_sampled)
+        return Computed(sum(row.num_sampled for row in step.rows))
 
 
 def replayed(

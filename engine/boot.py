@@ -138,7 +138,11 @@ def _core(
 ) -> tuple[EngineCore, ModelFacts]:
     from .worker.load import load_runner
 
-    runner, facts = load_runner(config, weights, report, pulse)
+    # On a CPU it is the same cores that schedule and compute.
+    overlaps = config.overlap == "on" or (
+        config.overlap == "auto" and weights.target.device != "cpu"
+    )
+    runner, facts = load_runner(config, weights, report, pulse, runs_ahead=overlaps)
     scheduler = Scheduler(
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
@@ -147,10 +151,11 @@ def _core(
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.max_batched_tokens,
         prefix_cache=config.prefix_cache,
-        speculative=config.speculative,
+        # Guesses need the tokens so far on the host, which would make the device wait.
+        speculative="off" if overlaps and config.speculative == "auto" else config.speculative,
         max_decode_slowdown=config.max_decode_slowdown,
     )
-    return EngineCore(scheduler, runner), facts
+    return EngineCore(scheduler, runner, max_in_flight=1 + overlaps), facts
 
 
 def warm(core: EngineCore) -> None:

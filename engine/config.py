@@ -27,6 +27,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     speculative: str = "auto"
     """ngram: guess tokens from the sequence's own text; auto: only where it pays; off."""
+    overlap: str = "auto"
+    """on: a step is scheduled and on its way while the one before it is computed; off; auto: on
+    where the device computes by itself."""
     num_threads: int = 0
     heartbeat_interval_s: float = 0.25
     log_level: str = "info"

@@ -13,6 +13,9 @@ A step is filled in this order, under one budget of `max_batched_tokens`, of whi
  3. Waiting sequences are admitted first come, first served: longest cached prefix first taken from
     the pool, never including the last token, whose logits are needed. Admission leaves one free
     block per running sequence, so that a newcomer is not preempted by the next decode step.
+
+A step may be scheduled while the one before it is in flight: a decode's next row then computes a
+token that only the device knows. If it ends the sequence, what the row samples is dropped.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from itertools import islice
 
 import msgspec
 
+from .batch_limits import check_limits
 from .block_pool import BlockPool
-from .errors import ConfigError, DuplicateRequest, InvalidField
+from .errors import DuplicateRequest, InvalidField
 from .messages import EngineStatistics, FinishReason, Output, Submit
 from .pace import Pace
-from .sequence import Sampled, Sequence, SequenceState
+from .sequence import Sampled, Sequence, SequenceState, sequences_of
 from .speculation import Speculation
-from .step import Draft, Growth, Row, Step, StepResult
+from .step import Growth, Row, Step, StepResult
 
 
 class Scheduler:
@@ -47,16 +51,7 @@ class Scheduler:
         speculative: str = "off",
         max_decode_slowdown: float = 0.0,
     ) -> None:
-        if max_batched_tokens < max_num_seqs:
-            raise ConfigError(
-                f"max_batched_tokens is {max_batched_tokens}: it must be at least max_num_seqs "
-                f"({max_num_seqs}), so that every running sequence can advance in one step"
-            )
-        if num_blocks * block_size < context_len:
-            raise ConfigError(
-                f"{num_blocks} blocks of {block_size} tokens cannot hold one sequence of "
-                f"{context_len} tokens; lower max_model_len or raise kv_cache_bytes"
-            )
+        check_limits(max_num_seqs, max_batched_tokens, num_blocks, block_size, context_len)
         self._pool = BlockPool(num_blocks)
         self._block_size = block_size
         self._context_len = context_len
@@ -71,6 +66,8 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._released_slots: list[int] = []
         self._ended: list[Output] = []
+        self._num_in_flight = 0
+        self._must_land = False
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_computed_tokens = 0
@@ -87,20 +84,12 @@ class Scheduler:
         if not 0 < num_prompt_tokens <= self._context_len - 1:
             limit = f"a prompt has 1 to {self._context_len - 1} tokens here"
             raise InvalidField("prompt", num_prompt_tokens, limit)
-        sequences = self._sequences_of(submit)
-        self._requests[submit.request_id] = sequences
-        self._waiting.extend(sequences)
-
-    def _sequences_of(self, submit: Submit) -> list[Sequence]:
         if not self._prefix_cache:
             # The n samples of one request still share its prompt; nobody else finds it.
             submit = msgspec.structs.replace(submit, cache_salt=submit.request_id)
-        stop_ids = frozenset(submit.sampling.stop_token_ids)
-        if not submit.sampling.ignore_eos:
-            stop_ids |= self._eos_token_ids
-        leader = Sequence(submit, 0, stop_ids, None)
-        others = (Sequence(submit, i, stop_ids, leader) for i in range(1, submit.sampling.n))
-        return [leader, *others]
+        sequences = sequences_of(submit, self._eos_token_ids)
+        self._requests[submit.request_id] = sequences
+        self._waiting.extend(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends the request, or its one sample `index`, whatever its state.
@@ -127,10 +116,19 @@ class Scheduler:
 
     # ---- one step ----------------------------------------------------------------------------
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a step can be scheduled before the one in flight is over.
+
+        Guesses need to know a sequence's tokens, and so does preemption, which gives them back.
+        """
+        return not self._must_land and not self._speculation.is_on
+
     def schedule(self) -> Step | None:
-        """The next step, or None when nothing can be computed."""
+        """The next step, or None when nothing can be computed, or not before another is over."""
         step = Step(self._num_steps, released=self._released_slots)
         self._released_slots = []
+        self._must_land = False
         self._schedule_decodes(step)
         if self._speculation.has_room(len(step.rows)):
             self._add_drafts(step)
@@ -141,11 +139,13 @@ class Scheduler:
             self._released_slots = step.released
             return None
         self._num_steps += 1
+        self._num_in_flight += 1
         return step
 
     def _prompt_budget(self, step: Step) -> int:
         waiting = islice(self._waiting, len(self._free_slots))
-        num_prompts = len(self._running) - len(step.rows) + sum(s.may_start for s in waiting)
+        num_prompts = sum(s.is_prefilling for s in self._running)
+        num_prompts += sum(s.may_start for s in waiting)
         room = self._max_batched_tokens - step.num_tokens
         return self._pace.prompt_budget(step.num_tokens, num_prompts, room)
 
@@ -157,15 +157,20 @@ class Scheduler:
 
     def _schedule_decodes(self, step: Step) -> None:
         for sequence in [s for s in self._running if s.is_decoding]:
-            if sequence.state is SequenceState.RUNNING and self._make_room(sequence, step):
+            if sequence.goes_on(self._context_len) and self._make_room(sequence, step):
                 self._add_row(step, sequence, 1)
 
     def _make_room(self, sequence: Sequence, step: Step) -> bool:
-        """Gives the sequence a block for its newest token. False when it was itself preempted."""
-        num_needed = self._num_blocks_of(sequence.num_tokens) - len(sequence.block_ids)
+        """Gives the sequence a block for its newest token. False when it was itself preempted, or
+        when others would have to be, which are in flight."""
+        num_tokens = sequence.num_tokens + sequence.num_awaited
+        num_needed = self._num_blocks_of(num_tokens) - len(sequence.block_ids)
         if num_needed <= 0:
             return True
         while self._pool.num_free < num_needed:
+            if self._num_in_flight:
+                self._must_land = True
+                return False
             victim = self._running[-1]
             self._preempt(victim, step)
             if victim is sequence:
@@ -195,10 +200,7 @@ class Scheduler:
         for row, sequence in zip(step.rows, sequences, strict=True):
             self._make_room_for_drafts(sequence, step)
             if sequence.draft_ids:
-                row.num_tokens += len(sequence.draft_ids)
-                row.num_sampled += len(sequence.draft_ids)
-                draft = Draft(row.slot, sequence.num_tokens, sequence.draft_ids)
-                step.drafted.append(draft)
+                step.drafted.append(sequence.add_drafts(row))
 
     def _make_room_for_drafts(self, sequence: Sequence, step: Step) -> None:
         """Gives them blocks that no next decode may need, and cuts them to the room there is."""
@@ -212,7 +214,7 @@ class Scheduler:
     def _continue_prompts(self, step: Step, budget: int) -> int:
         num_tokens = 0
         for sequence in self._running:
-            if not sequence.is_decoding and num_tokens < budget:
+            if sequence.is_prefilling and num_tokens < budget:
                 num_tokens += self._add_row(step, sequence, budget - num_tokens)
         return num_tokens
 
@@ -257,8 +259,10 @@ class Scheduler:
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         num_tokens = min(budget, sequence.num_uncomputed)
         num_sampled = int(num_tokens == sequence.num_uncomputed)
-        step.rows.append(Row(sequence.slot, sequence.num_computed, num_tokens, num_sampled))
-        sequence.is_in_flight = True
+        start = sequence.num_computed + sequence.num_flying
+        row = Row(sequence.slot, start, num_tokens, num_sampled)
+        step.rows.append(row)
+        sequence.take_off(row)
         return num_tokens
 
     def apply(self, step: Step, result: StepResult, scheduled_s: float) -> list[Output]:
@@ -266,6 +270,7 @@ class Scheduler:
 
         One Output per sequence that gained a token or ended.
         """
+        self._num_in_flight -= 1
         by_slot = {s.slot: s for s in self._running if s.is_in_flight}
         samples = zip(result.token_ids, result.logprobs, strict=True)
         outputs = []
@@ -280,7 +285,7 @@ class Scheduler:
     def _take_row(
         self, sequence: Sequence, row: Row, sampled: list[Sampled], scheduled_s: float
     ) -> Output | None:
-        sequence.is_in_flight = False
+        sequence.land(row)
         sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
         self._num_computed_tokens += row.num_tokens
         draft_ids, sequence.draft_ids = sequence.draft_ids, []
@@ -297,16 +302,20 @@ class Scheduler:
 
     def fail(self, step: Step, reason: str) -> list[Output]:
         """The step could not be computed: its sequences end, all others go on."""
-        slots = {row.slot for row in step.rows}
-        for sequence in [s for s in self._running if s.slot in slots]:
-            sequence.is_in_flight, sequence.draft_ids = False, []
+        self._num_in_flight -= 1
+        by_slot = {s.slot: s for s in self._running if s.is_in_flight}
+        for row in step.rows:
+            sequence = by_slot[row.slot]
+            sequence.land(row)
+            sequence.draft_ids = []
             if sequence.state is SequenceState.RUNNING:
                 self._end(sequence, FinishReason.ERROR, reason)
         self._sweep()
         return self.take_ended()
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
-        sequence.num_computed += num_tokens
+        # What a row computed after a token that was dropped belongs to nobody.
+        sequence.num_computed = min(sequence.num_computed + num_tokens, sequence.num_tokens)
         num_full = sequence.num_computed // self._block_size
         if num_full > sequence.num_published:
             hashes = sequence.hashes(num_full, self._block_size)
@@ -381,7 +390,8 @@ class Scheduler:
         assert len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots)
         assert all(s.slot == -1 and not s.block_ids for s in self._waiting)
         for s in self._running:
-            assert s.num_computed <= len(s.block_ids) * self._block_size
+            assert s.num_computed + s.num_flying <= len(s.block_ids) * self._block_size
+            assert s.is_in_flight or s.num_flying == s.num_awaited == 0
             assert s.num_published * self._block_size <= s.num_computed
         references = sum(len(s.block_ids) for s in self._running)
         assert references == self._pool.num_references, "a block is held by nobody"

@@ -4,6 +4,7 @@ Knows no pool, no batch and no device.
 
     token_ids   [ prompt ............ | generated ......... ]
     computed    [ KV is in the blocks ......... ]
+    flying                                | being computed now  |
     published   [ full blocks others may find ]
     block_ids   [ room for token_ids, at least up to computed, and for drafts ]
 """
@@ -15,7 +16,7 @@ from enum import Enum
 from .block_pool import BlockHash, chain_hash, root_hash
 from .drafts import Drafter
 from .messages import FinishReason, Output, Submit
-from .step import Admission, TokenLogprobs
+from .step import Admission, Draft, Row, TokenLogprobs
 
 Sampled = tuple[int, TokenLogprobs | None]
 """A token, or -1 where logits were not finite, and its log probabilities."""
@@ -34,9 +35,9 @@ class Sequence:
 
     __slots__ = (
         "_hashes", "block_ids", "cache_salt", "draft_ids", "drafter", "first_scheduled_s",
-        "index", "is_in_flight", "leader", "num_cached_tokens", "num_computed",
-        "num_prompt_tokens", "num_published", "request_id", "sampling", "slot", "state",
-        "stop_ids", "token_ids",
+        "index", "leader", "num_awaited", "num_cached_tokens", "num_computed", "num_flights",
+        "num_flying", "num_prompt_tokens", "num_published", "request_id", "sampling", "slot",
+        "state", "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -52,7 +53,12 @@ class Sequence:
         self.num_prompt_tokens = len(submit.prompt_ids)
         self.state = SequenceState.WAITING
         self.slot = -1
-        self.is_in_flight = False
+        self.num_flights = 0
+        """Steps in flight that compute some of it."""
+        self.num_flying = 0
+        """Tokens that they compute."""
+        self.num_awaited = 0
+        """Tokens that they will bring: the device knows them first."""
         self.block_ids: list[int] = []
         self.drafter: Drafter | None = None
         self.draft_ids: list[int] = []
@@ -72,16 +78,51 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_in_flight(self) -> bool:
+        return self.num_flights > 0
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens, known or awaited, that no step has computed or computes now."""
+        return len(self.token_ids) + self.num_awaited - self.num_computed - self.num_flying
 
     @property
     def is_decoding(self) -> bool:
-        """All but the newest token is computed."""
-        return self.num_uncomputed == 1 and self.num_output_tokens > 0
+        """All but the newest token is computed, or will be when the steps in flight are over."""
+        return self.num_uncomputed == 1 and self.num_output_tokens + self.num_awaited > 0
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Some tokens before the newest are not computed yet, or the first is not sampled."""
+        is_running = self.state is SequenceState.RUNNING
+        return is_running and self.num_uncomputed > 0 and not self.is_decoding
+
+    def goes_on(self, context_len: int) -> bool:
+        """More tokens are wanted than are known and awaited."""
+        num_left = self.num_tokens_left(context_len)
+        return self.state is SequenceState.RUNNING and num_left > self.num_awaited
+
+    def take_off(self, row: Row) -> None:
+        """`row` of it is being computed."""
+        self.num_flights += 1
+        self.num_flying += row.num_tokens
+        self.num_awaited += row.num_sampled
+
+    def land(self, row: Row) -> None:
+        self.num_flights -= 1
+        self.num_flying -= row.num_tokens
+        self.num_awaited -= row.num_sampled
+
+    def add_drafts(self, row: Row) -> Draft:
+        """Its `draft_ids` join `row`, which computes its newest token."""
+        self.land(row)
+        row.num_tokens += len(self.draft_ids)
+        row.num_sampled += len(self.draft_ids)
+        self.take_off(row)
+        return Draft(row.slot, self.num_tokens, self.draft_ids)
 
     def num_tokens_left(self, context_len: int) -> int:
-        """Most tokens that can still be sampled."""
+        """Most tokens that can still be sampled after those that are known."""
         num_output_left = self.sampling.max_tokens - self.num_output_tokens
         return min(num_output_left, context_len - self.num_tokens)
 
@@ -140,3 +181,13 @@ class Sequence:
         if self.num_tokens_left(context_len) <= 0:
             return FinishReason.LENGTH
         return FinishReason.NONE
+
+
+def sequences_of(submit: Submit, eos_token_ids: frozenset[int]) -> list[Sequence]:
+    """The request's n samples, the first of which leads the others."""
+    stop_ids = frozenset(submit.sampling.stop_token_ids)
+    if not submit.sampling.ignore_eos:
+        stop_ids |= eos_token_ids
+    leader = Sequence(submit, 0, stop_ids, None)
+    others = (Sequence(submit, i, stop_ids, leader) for i in range(1, submit.sampling.n))
+    return [leader, *others]

@@ -159,7 +159,8 @@ class Service:
             self._heart = None
         if self._model is not None:
             self._model.core.abort(self._model.core.live_request_ids())
-            self._step()
+            while self._has_work():
+                self._step()
             self._model.close()
             self._model = None
             give_memory_back()

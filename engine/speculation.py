@@ -29,9 +29,13 @@ class Speculation:
         self.num_drafted_tokens = 0
         self.num_accepted_tokens = 0
 
+    @property
+    def is_on(self) -> bool:
+        return self._mode != "off"
+
     def has_room(self, num_rows: int) -> bool:
         """Whether a step of so many decodes can take drafts."""
-        return self._mode != "off" and 0 < num_rows < self._max_rows
+        return self.is_on and 0 < num_rows < self._max_rows
 
     def propose(self, sequences: list[Sequence]) -> None:
         """Drafts for the sequences of one step, all decoding: to each an even part of the rows

@@ -7,6 +7,7 @@ that was shared, evicted, overwritten or left out wrongly changes the output or 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 from pilotlight.engine.step import Row, Step, StepResult, TokenLogprobs
 
@@ -24,6 +25,16 @@ def tokens_alone(prompt_ids: list[int], num_tokens: int, vocab_size: int) -> lis
     return token_ids[len(prompt_ids) :]
 
 
+@dataclass(frozen=True)
+class Landed:
+    """A step that was over when it was started."""
+
+    result: StepResult
+
+    def land(self) -> StepResult:
+        return self.result
+
+
 class KvCheckingRunner:
     """Runs Steps of a scheduler with `num_blocks` blocks of `block_size` tokens."""
 
@@ -33,6 +44,9 @@ class KvCheckingRunner:
         self._vocab_size = vocab_size
         self._tokens: dict[int, list[int]] = {}
         self._tables: dict[int, list[int]] = {}
+
+    def start(self, step: Step) -> Landed:
+        return Landed(self.run(step))
 
     def run(self, step: Step) -> StepResult:
         self._update_slots(step)

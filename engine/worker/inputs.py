@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..models.decoder import AttentionBatch
@@ -47,6 +48,8 @@ class StepInputs:
     slots: np.ndarray
     lengths: np.ndarray
     """Tokens of the sequence before the one to be sampled."""
+    sampled_slots: Tensor
+    """`slots`, on the device."""
     is_decode: bool
     """Every row is one token, and is sampled after, or is padding."""
 
@@ -77,6 +80,9 @@ class InputBuffers:
         self._query_start = Buffer((max_num_rows + 1,), staging)
         self._context_lens = Buffer((max_num_rows,), staging)
         self._sampled = Buffer((max_num_rows,), staging)
+        self._sampled_slots = Buffer((max_num_rows,), staging)
+        self._newest_of = Buffer((max_num_rows,), staging)
+        self._newest = staging.mirror(staging.host((len(tables.num_awaited),)))
         self._token_index = np.arange(max(max_num_tokens, max_num_rows) + 1, dtype=np.int32)
 
     def fill(self, step: Step, num_padded: Callable[[int], int] = lambda n: n) -> StepInputs:
@@ -95,11 +101,33 @@ class InputBuffers:
         chosen = np.flatnonzero(samples)
         self._sampled.host[: len(chosen)] = self._query_start.host[1:][chosen] - 1
         is_decode = len(chosen) == num_tokens
+        num_awaiting = self._find_awaited(slots)
         if is_decode:
             num_rows = num_tokens = self._pad(num_rows, num_padded(num_rows))
-        return self._staged(
+        inputs = self._staged(
             num_tokens, num_rows, slots[chosen], (starts + counts)[chosen], is_decode
         )
+        self._put_newest(inputs.token_ids[:num_awaiting])
+        return inputs
+
+    def keep_newest(self, inputs: StepInputs, token_ids: Tensor) -> None:
+        """What was sampled, still on the device, for steps that come before the host knows it."""
+        # A row that was not finite has no token; its sequence ends, and 0 is as good as any.
+        self._newest[inputs.sampled_slots.long()] = token_ids.clamp(min=0).to(self._newest.dtype)
+
+    def _find_awaited(self, slots: np.ndarray) -> int:
+        """How many first rows of one token may have to wait for it."""
+        is_awaited = self._tables.num_awaited[slots] > 0
+        num_awaiting = int(np.max(np.flatnonzero(is_awaited), initial=-1)) + 1
+        self._newest_of.host[:num_awaiting] = np.where(is_awaited, slots, -1)[:num_awaiting]
+        return num_awaiting
+
+    def _put_newest(self, token_ids: Tensor) -> None:
+        if len(token_ids):
+            slots = self._newest_of.on_device(len(token_ids)).long()
+            self._staging.fence()
+            newest = self._newest[slots.clamp(min=0)]
+            token_ids.copy_(torch.where(slots < 0, token_ids, newest))
 
     def blank(self, num_rows: int) -> StepInputs:
         """A decode step of padding alone."""
@@ -127,6 +155,7 @@ class InputBuffers:
         lengths: np.ndarray,
         is_decode: bool,
     ) -> StepInputs:
+        self._sampled_slots.host[: len(slots)] = slots
         batch = AttentionBatch(
             positions=self._positions.on_device(num_tokens),
             slot_mapping=self._slot_mapping.on_device(num_tokens),
@@ -140,6 +169,7 @@ class InputBuffers:
             sampled=self._sampled.on_device(len(slots)),
             slots=slots,
             lengths=lengths,
+            sampled_slots=self._sampled_slots.on_device(len(slots)),
             is_decode=is_decode,
         )
         self._staging.fence()

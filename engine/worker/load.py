@@ -50,7 +50,11 @@ def prepare() -> None:
 
 
 def load_runner(
-    config: EngineConfig, found: FoundWeights, report: BootReport, pulse: Callable[[], None]
+    config: EngineConfig,
+    found: FoundWeights,
+    report: BootReport,
+    pulse: Callable[[], None],
+    runs_ahead: bool = False,
 ) -> tuple[Runner, ModelFacts]:
     """Loads what was found. Raises SetupError. `pulse` is called per layer of each step."""
     model, target = found.model, found.target
@@ -75,6 +79,7 @@ def load_runner(
             max_num_drafts=MAX_STEP_ROWS,
             staging=staging_for(device),
             graphs=graphs,
+            runs_ahead=runs_ahead,
         )
     return runner, replace(_facts(found, kernels, plan, kv_dtype), weights=weights_facts)
 

@@ -1,4 +1,4 @@
-"""Runs a Step: inputs, network, sampling. Knows no scheduler, request or process."""
+"""Runs Steps: inputs, network, sampling. Knows no scheduler, request or process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,36 @@ from ..step import Step, StepResult
 from .decodes import RecordedDecodes
 from .graphs import GraphBackend, GraphedDecodes
 from .inputs import InputBuffers, StepInputs
-from .sampler import Sampler
+from .sampler import Sampler, Samples
 from .slots import SlotTables
 from .staging import Staging
+
+
+class Flight:
+    """A step that was started: its tokens are on their way to the host."""
+
+    def __init__(
+        self, tables: SlotTables, inputs: StepInputs, samples: Samples, staging: Staging
+    ) -> None:
+        self._tables = tables
+        self._slots, self._lengths = inputs.slots, inputs.lengths
+        self._fetched = samples.fetch(staging.fetch)
+        self._result: StepResult | None = None
+        tables.await_tokens(inputs.slots)
+
+    def land(self) -> StepResult:
+        """Waits for the step, and for nothing that was started after it."""
+        if self._result is None:
+            self._result = self._fetched()
+            self._tables.take_tokens(self._slots, self._lengths, self._result.token_ids)
+        return self._result
 
 
 class Runner:
     """Owns the device state of all slots; one step of at most `max_num_drafts` drafts at a time.
 
-    With `graphs`, the caches' last block is padding's: no sequence may have it.
+    With `graphs`, the caches' last block is padding's: no sequence may have it. Only if it
+    `runs_ahead` may a step be started before the one before it has landed.
     """
 
     def __init__(
@@ -33,9 +54,12 @@ class Runner:
         max_num_drafts: int,
         staging: Staging,
         graphs: GraphBackend | None = None,
+        runs_ahead: bool = False,
     ) -> None:
         self._model = model
         self._caches = caches
+        self._staging = staging
+        self._runs_ahead = runs_ahead
         self._tables = SlotTables(max_num_seqs, context_len, block_size)
         max_num_rows = max_num_seqs + max_num_drafts
         self._inputs = InputBuffers(
@@ -48,22 +72,27 @@ class Runner:
         )
         self._decodes = self._decodes_of(graphs, min(max_num_rows, max_batched_tokens))
         self._sampler = Sampler(self._tables)
+        self._last: Flight | None = None
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepResult:
-        """Takes the step's changes, computes its rows and samples where asked."""
+    def start(self, step: Step) -> Flight:
+        """Takes the step's changes, begins to compute its rows and to sample where asked."""
         self._decodes.capture_next()
         self._tables.apply(step)
         inputs = self._inputs.fill(step, self._decodes.num_padded)
+        samples = self._sampled(inputs)
+        if self._runs_ahead:
+            self._inputs.keep_newest(inputs, samples.token_ids)
+        self._last = Flight(self._tables, inputs, samples, self._staging)
+        return self._last
+
+    def _sampled(self, inputs: StepInputs) -> Samples:
         logits, best = (t[: len(inputs.slots)] for t in self._decodes.run(inputs))
-        if len(inputs.slots) == 0:
-            return StepResult([], [])
         if self._tables.takes_best[inputs.slots].all():
-            result = StepResult(best.tolist(), [None] * len(best))
-        else:
-            result = self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
-        self._tables.token_ids[inputs.slots, inputs.lengths] = result.token_ids
-        return result
+            return Samples(best, None)
+        if self._last is not None and self._tables.reads_tokens[inputs.slots].any():
+            self._last.land()
+        return self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
 
     def _decodes_of(
         self, graphs: GraphBackend | None, max_num_rows: int

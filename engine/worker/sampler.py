@@ -8,7 +8,8 @@ so a sequence's tokens depend on its seed and logits alone, never on what else i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,13 +27,65 @@ BLOCK = 256
 """Of weights that are summed together, so that a draw adds up blocks and then one block only."""
 
 
+Fetch = Callable[[Tensor], Callable[[], Tensor]]
+"""Begins a copy to the host, gives what waits for it: `Staging.fetch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of those rows of a step that ask for them, natural logs of the model's own distribution."""
+
+    rows: np.ndarray
+    num_top: np.ndarray
+    chosen: Tensor
+    """[rows]; where logits were not finite there is no token, and no meaning."""
+    top_ids: Tensor
+    top: Tensor
+    """[rows, most asked for], most likely first."""
+
+    def fetch(self, begin: Fetch) -> Callable[[list[TokenLogprobs | None]], None]:
+        """See Samples.fetch; the result puts them into the entries of their rows."""
+        fetched = [begin(tensor) for tensor in (self.chosen, self.top_ids, self.top)]
+
+        def put(into: list[TokenLogprobs | None]) -> None:
+            columns = (tensor().tolist() for tensor in fetched)
+            rows = zip(self.rows.tolist(), self.num_top.tolist(), *columns, strict=True)
+            for row, k, chosen, ids, values in rows:
+                into[row] = TokenLogprobs(chosen, ids[:k], values[:k])
+
+        return put
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Where they were computed."""
+
+    token_ids: Tensor
+    """[S] int, -1 where the logits were not finite."""
+    logprobs: Logprobs | None
+
+    def fetch(self, begin: Fetch) -> Callable[[], StepResult]:
+        """Begins to copy all of it to the host; the result waits for that."""
+        fetched = begin(self.token_ids)
+        put_logprobs = self.logprobs.fetch(begin) if self.logprobs else None
+
+        def result() -> StepResult:
+            token_ids: list[int] = fetched().tolist()
+            entries: list[TokenLogprobs | None] = [None] * len(token_ids)
+            if put_logprobs:
+                put_logprobs(entries)
+            return StepResult(token_ids, entries)
+
+        return result
+
+
 class Sampler:
     """Samples for slots of `tables`."""
 
     def __init__(self, tables: SlotTables) -> None:
         self._tables = tables
 
-    def sample(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> StepResult:
+    def sample(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Samples:
         """logits: [S, V] fp32, overwritten; slots: [S]; lengths: [S] tokens known so far."""
         tables = self._tables
         finite = torch.isfinite(logits.sum(-1))
@@ -44,9 +97,9 @@ class Sampler:
         for i in adjusted:
             self._adjust(logits[i], int(slots[i]), int(lengths[i]))
         token_ids = torch.where(finite, self._choose(logits, slots, lengths), -1)
-        ids: list[int] = token_ids.tolist()
-        logprobs = self._logprobs(raw, wants_logprobs, slots, ids)
-        return StepResult(ids, logprobs)
+        if len(wants_logprobs) == 0:
+            return Samples(token_ids, None)
+        return Samples(token_ids, self._logprobs(raw, wants_logprobs, slots, token_ids))
 
     def _choose(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Tensor:
         is_drawn = self._tables.temperature[slots] > 0.0
@@ -134,22 +187,15 @@ class Sampler:
     # ---- log probabilities -------------------------------------------------------------------
 
     def _logprobs(
-        self, raw: Tensor, rows: np.ndarray, slots: np.ndarray, token_ids: list[int]
-    ) -> list[TokenLogprobs | None]:
-        """Of the model's own distribution: `raw` holds the rows' logits before any change."""
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        if len(rows) == 0:
-            return logprobs
+        self, raw: Tensor, rows: np.ndarray, slots: np.ndarray, token_ids: Tensor
+    ) -> Logprobs:
+        """`raw`: the rows' logits before any change."""
         total = raw.logsumexp(-1, keepdim=True)
         num_top = self._tables.num_logprobs[slots[rows]]
         best, best_ids = raw.topk(min(int(num_top.max()), raw.shape[-1]), sorted=True)
-        # A row that is not finite has no token: whatever is read for it is not used.
-        chosen_ids = torch.tensor([[max(0, token_ids[row])] for row in rows], device=raw.device)
-        chosen = (raw.gather(-1, chosen_ids) - total).squeeze(-1).tolist()
-        ids, values = best_ids.tolist(), (best - total).tolist()
-        for i, (row, k) in enumerate(zip(rows.tolist(), num_top.tolist(), strict=True)):
-            logprobs[row] = TokenLogprobs(chosen[i], ids[i][:k], values[i][:k])
-        return logprobs
+        chosen_ids = _rows(token_ids, rows).clamp(min=0)[:, None]
+        chosen = (raw.gather(-1, chosen_ids) - total).squeeze(-1)
+        return Logprobs(rows, num_top, chosen, best_ids, best - total)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -33,6 +33,10 @@ class SlotTables:
         self.num_logprobs = np.full(num_slots, -1, dtype=np.int64)
         self.takes_best = np.zeros(num_slots, dtype=bool)
         """Greedy on the logits as they are, and asks for nothing else."""
+        self.num_awaited = np.zeros(num_slots, dtype=np.int8)
+        """Tokens that steps in flight sample: the newest is on the device, not in `token_ids`."""
+        self.reads_tokens = np.zeros(num_slots, dtype=bool)
+        """Sampling looks at the tokens so far."""
         self.sampling = [NO_SAMPLING] * num_slots
         self.stop_ids: list[tuple[int, ...]] = [()] * num_slots
 
@@ -48,6 +52,7 @@ class SlotTables:
     def _admit(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
         self.token_ids[slot, : len(admission.token_ids)] = admission.token_ids
+        self.num_awaited[slot] = 0
         self.num_prompt_tokens[slot] = admission.num_prompt_tokens
         self.sample_index[slot] = admission.sample_index
         self.seed[slot] = sampling.seed
@@ -61,8 +66,17 @@ class SlotTables:
         self.is_adjusted[slot] = (
             sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
         )
+        self.reads_tokens[slot] = sampling.has_penalties
         is_plain = not self.is_adjusted[slot] and sampling.num_logprobs < 0
         self.takes_best[slot] = is_plain and sampling.temperature <= 0.0
+
+    def await_tokens(self, slots: np.ndarray) -> None:
+        self.num_awaited[slots] += 1
+
+    def take_tokens(self, slots: np.ndarray, lengths: np.ndarray, token_ids: list[int]) -> None:
+        """What was sampled after `lengths` tokens of each slot has arrived on the host."""
+        self.token_ids[slots, lengths] = token_ids
+        self.num_awaited[slots] -= 1
 
     def _grow(self, growth: Growth) -> None:
         end = growth.first_index + len(growth.block_ids)

@@ -6,6 +6,7 @@ the copies that read it are done: whoever writes calls `wait` first, whoever cop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -33,6 +34,13 @@ class Staging(Protocol):
         """Returns when the copies before the last fence have read their sources."""
         ...
 
+    def fetch(self, computed: Tensor) -> Callable[[], Tensor]:
+        """Begins to copy to the host what was computed so far: later steps may overwrite it.
+
+        The result waits for the copy, and for nothing that was begun after it.
+        """
+        ...
+
 
 class OneMemory:
     """A CPU: host arrays are what is computed on."""
@@ -51,6 +59,10 @@ class OneMemory:
 
     def wait(self) -> None:
         pass
+
+    def fetch(self, computed: Tensor) -> Callable[[], Tensor]:
+        copied = computed.clone()
+        return lambda: copied
 
 
 class PinnedCopies:
@@ -74,6 +86,18 @@ class PinnedCopies:
 
     def wait(self) -> None:
         self._copied.synchronize()
+
+    def fetch(self, computed: Tensor) -> Callable[[], Tensor]:
+        host = torch.empty(computed.shape, dtype=computed.dtype, pin_memory=True)
+        host.copy_(computed, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self._device))
+
+        def arrived() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return arrived
 
 
 def staging_for(device: torch.device) -> Staging:

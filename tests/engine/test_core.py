@@ -1,5 +1,9 @@
 """The loop body with runners that work, fail once, and fail for good."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import pytest
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.errors import EngineError
@@ -24,7 +28,33 @@ class FailingRunner(KvCheckingRunner):
         return result
 
 
-def core_with(runner) -> EngineCore:
+class LateRunner(KvCheckingRunner):
+    """Keeps what happens in order; the steps of `failing` come down with an error."""
+
+    def __init__(self, failing: set[int] = frozenset()) -> None:
+        super().__init__(16, 4)
+        self.failing = failing
+        self.events: list[str] = []
+
+    def start(self, step: Step) -> Landing:
+        self.events.append(f"start {step.index}")
+        return Landing(self, step.index, self.run(step))
+
+
+@dataclass
+class Landing:
+    runner: LateRunner
+    index: int
+    result: StepResult
+
+    def land(self) -> StepResult:
+        self.runner.events.append(f"land {self.index}")
+        if self.index in self.runner.failing:
+            raise RuntimeError("device fell over")
+        return self.result
+
+
+def core_with(runner, max_in_flight: int = 1) -> EngineCore:
     scheduler = Scheduler(
         num_blocks=16,
         block_size=4,
@@ -33,7 +63,7 @@ def core_with(runner) -> EngineCore:
         max_num_seqs=4,
         max_batched_tokens=16,
     )
-    return EngineCore(scheduler, runner, clock=lambda: 7.0)
+    return EngineCore(scheduler, runner, clock=lambda: 7.0, max_in_flight=max_in_flight)
 
 
 def submit(request_id: str, prompt: list[int], max_tokens: int = 4) -> Submit:
@@ -102,3 +132,44 @@ def test_a_device_that_keeps_failing_ends_the_engine() -> None:
     core.submit(submit("last", [9]))
     with pytest.raises(EngineError, match="3 steps in a row"):
         core.step()
+
+
+# ---- two steps in flight -------------------------------------------------------------------------
+
+
+def test_the_next_step_is_under_way_before_one_is_waited_for() -> None:
+    runner = LateRunner()
+    core = core_with(runner, max_in_flight=2)
+    core.submit(submit("a", [1, 2], max_tokens=3))
+    outputs = run(core)
+    assert [t for o in outputs for t in o.token_ids] == tokens_alone([1, 2], 3, 50)
+    assert runner.events == ["start 0", "start 1", "land 0", "start 2", "land 1", "land 2"]
+
+
+def test_one_step_at_a_time_is_over_before_the_next() -> None:
+    runner = LateRunner()
+    core = core_with(runner)
+    core.submit(submit("a", [1, 2], max_tokens=2))
+    run(core)
+    assert runner.events == ["start 0", "land 0", "start 1", "land 1"]
+
+
+def test_steps_behind_one_that_failed_bring_nothing() -> None:
+    runner = LateRunner(failing={1})
+    core = core_with(runner, max_in_flight=2)
+    core.submit(submit("a", [1, 2], max_tokens=8))
+    outputs = run(core)
+    assert [o.finish_reason for o in outputs] == [FinishReason.NONE, FinishReason.ERROR]
+    assert "land 2" in runner.events, "what was in flight must land before its blocks are free"
+    assert core.statistics().num_used_blocks == 0
+    core.submit(submit("b", [3, 4]))
+    assert [t for o in run(core) for t in o.token_ids] == tokens_alone([3, 4], 4, 50)
+
+
+def test_a_step_that_cannot_start_leaves_the_one_in_flight() -> None:
+    core = core_with(FailingRunner({1}), max_in_flight=2)
+    core.submit(submit("a", [1, 2]))
+    outputs = run(core)
+    assert [o.finish_reason for o in outputs] == [FinishReason.ERROR]
+    assert core.statistics().num_used_blocks == 0
+    assert not core.has_work

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +30,7 @@ class Bench:
         context_len=40,
         eos=(),
         vocab_size=VOCAB_SIZE,
+        max_in_flight=1,
         **limits,
     ) -> None:
         limits = {"max_num_seqs": 4, "max_batched_tokens": 16, **limits}
@@ -44,6 +45,9 @@ class Bench:
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.endings: dict[tuple[str, int], list[FinishReason]] = defaultdict(list)
         self.outputs: list[Output] = []
+        self.max_in_flight = max_in_flight
+        self.in_flight: deque[tuple[Step, StepResult]] = deque()
+        self.num_ahead = 0
 
     def add(self, request_id: str, prompt: list[int], **sampling) -> None:
         sampling = {"temperature": 0.0, "max_tokens": 6, **sampling}
@@ -58,20 +62,30 @@ class Bench:
                 self.endings[key].append(output.finish_reason)
 
     def step(self, abort_in_flight: tuple[str, ...] = ()) -> Step | None:
-        step = self.scheduler.schedule()
-        if step is None:
+        self.take_off()
+        if not self.in_flight:
             self.collect(self.scheduler.take_ended())
             return None
-        result = self.runner.run(step)
         for request_id in abort_in_flight:
             self.scheduler.abort(request_id)
+        step, result = self.in_flight.popleft()
         self.collect(self.scheduler.apply(step, result, 1.0))
         self.scheduler.check_integrity()
         return step
 
+    def take_off(self) -> None:
+        while len(self.in_flight) < self.max_in_flight:
+            if self.in_flight and not self.scheduler.may_run_ahead:
+                return
+            step = self.scheduler.schedule()
+            if step is None:
+                return
+            self.num_ahead += bool(self.in_flight)
+            self.in_flight.append((step, self.runner.run(step)))
+
     def run(self, max_steps: int = 2000) -> int:
         for num_steps in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.in_flight:
                 return num_steps
             self.step()
         raise AssertionError(f"work left after {max_steps} steps: a request starves")
@@ -103,9 +117,17 @@ requests = st.lists(
     prefix_cache=st.booleans(),
     speculative=st.sampled_from(MODES),
     vocab_size=st.sampled_from((1, 2, 4, VOCAB_SIZE)),  # how often a draft is right
+    max_in_flight=st.sampled_from((1, 2)),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
-    requests, num_blocks, max_num_seqs, extra_budget, prefix_cache, speculative, vocab_size
+    requests,
+    num_blocks,
+    max_num_seqs,
+    extra_budget,
+    prefix_cache,
+    speculative,
+    vocab_size,
+    max_in_flight,
 ) -> None:
     bench = Bench(
         num_blocks=num_blocks,
@@ -114,6 +136,7 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
         prefix_cache=prefix_cache,
         speculative=speculative,
         vocab_size=vocab_size,
+        max_in_flight=max_in_flight,
     )
     arrivals, aborts = defaultdict(list), defaultdict(list)
     asked = {}
@@ -148,6 +171,62 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
             assert ending is not FinishReason.STOP or (stops and got[-1] == STOP_ID)
     statistics = bench.scheduler.statistics()
     assert statistics.num_used_blocks == statistics.num_running == statistics.num_waiting == 0
+
+
+def test_a_step_is_scheduled_before_the_tokens_it_computes_are_known() -> None:
+    bench = Bench(max_in_flight=2)
+    bench.add("a", [1] * 20, max_tokens=3)
+    step = bench.step()
+    assert [(r.start, r.num_tokens, r.num_sampled) for r in step.rows] == [(0, 16, 0)]
+    (ahead, _) = bench.in_flight[0]
+    assert [(r.start, r.num_tokens, r.num_sampled) for r in ahead.rows] == [(16, 4, 1)]
+    bench.step()
+    (ahead, _) = bench.in_flight[0]
+    assert [(r.start, r.num_tokens, r.num_sampled) for r in ahead.rows] == [(20, 1, 1)]
+    bench.run()
+    assert bench.tokens["a", 0] == tokens_alone([1] * 20, 3, VOCAB_SIZE)
+
+
+def test_the_length_of_a_sequence_is_known_ahead() -> None:
+    """No row is computed behind the last token that is wanted."""
+    bench = Bench(max_in_flight=2)
+    bench.add("a", [1] * 4, max_tokens=5)
+    assert bench.run() == 5
+    assert bench.scheduler.statistics().num_computed_tokens == 4 + 4
+
+
+def test_what_is_computed_behind_a_stop_token_is_dropped() -> None:
+    alone = tokens_alone([1, 2, 3], 10, VOCAB_SIZE)
+    bench = Bench(eos=[alone[4]], max_in_flight=2)
+    bench.add("stops", [1, 2, 3], max_tokens=10)
+    bench.run()
+    assert bench.tokens["stops", 0] == alone[: alone.index(alone[4]) + 1]
+    statistics = bench.scheduler.statistics()
+    assert statistics.num_computed_tokens == 3 + len(bench.tokens["stops", 0])
+    assert statistics.num_used_blocks == 0
+
+
+def test_nothing_is_preempted_while_a_step_is_in_flight() -> None:
+    bench = Bench(num_blocks=10, context_len=40, max_num_seqs=2, max_in_flight=2)
+    bench.add("old", [1] * 14, max_tokens=24)
+    bench.add("young", [2] * 14, max_tokens=24)
+    bench.run()
+    assert bench.scheduler.statistics().num_preemptions > 0
+    assert bench.num_ahead > 10
+    for request_id, first in (("old", 1), ("young", 2)):
+        assert bench.tokens[request_id, 0] == tokens_alone([first] * 14, 24, VOCAB_SIZE)
+
+
+def test_a_token_that_was_dropped_names_no_block() -> None:
+    """Aborted in flight, twice: its last rows computed tokens that it never had."""
+    bench = Bench(max_in_flight=2)
+    bench.add("a", [1] * 6, max_tokens=20)
+    bench.step()
+    bench.step(abort_in_flight=("a",))
+    bench.run()
+    bench.add("b", [1] * 6 + tokens_alone([1] * 6, 6, VOCAB_SIZE), max_tokens=4)
+    bench.run()
+    assert bench.tokens["b", 0] == tokens_alone([1] * 6, 10, VOCAB_SIZE)[6:]
 
 
 def test_decodes_go_first_and_prompts_fill_the_budget() -> None:

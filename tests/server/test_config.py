@@ -12,14 +12,13 @@ from pilotlight.engine.errors import ConfigError
 from pilotlight.server import start
 from pilotlight.server.config import (
     DEMO_MODEL,
-    GROUPS,
-    OPTIONS,
-    Option,
     ServeConfig,
     cache_root,
+    default_of,
     loaded_config,
     serve_config,
 )
+from pilotlight.server.options import GROUPS, OPTIONS, Option
 from pilotlight.server.sizes import size_bytes
 
 BY_NAME = {option.name: option for option in OPTIONS}
@@ -29,7 +28,7 @@ NEEDS = {"standby": {"admin_port": 0}}
 
 def _other_value(option: Option) -> Any:
     """One that is allowed and not the default."""
-    default = option.default
+    default = default_of(option)
     if option.choices:
         return next(choice for choice in option.choices if choice != default)
     match default:
@@ -317,8 +316,8 @@ def test_help_tells_defaults_and_gives_examples(
     monkeypatch.setenv("COLUMNS", "400")
     text = _help(capsys)
     for option in OPTIONS:
-        if not option.is_size and option.default != "" and "default:" not in option.help:
-            assert f"{option.help} (default: {option.default})" in text
+        if not option.is_size and default_of(option) != "" and "default:" not in option.help:
+            assert f"{option.help} (default: {default_of(option)})" in text
     assert "pilotlight serve --config serve.toml" in text
     assert "Exit codes" in text
 

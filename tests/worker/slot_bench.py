@@ -46,7 +46,8 @@ class SlotBench:
 
     def sample(self, logits: Tensor, slots: Sequence[int] | None = None) -> StepResult:
         """Row i belongs to slots[i], or to slot i. `logits` stay as they are."""
-        return self._sampler.sample(logits.clone(), *self._rows(logits, slots))
+        samples = self._sampler.sample(logits.clone(), *self._rows(logits, slots))
+        return samples.fetch(lambda computed: lambda: computed)()
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """The logits after bias, penalties and mask; the sampler changes them in place."""

@@ -79,10 +79,17 @@ class Trace:
 
 
 @pytest.fixture(
-    scope="module", params=[("auto", "off"), ("auto", "ngram"), ("int8", "ngram")], ids="-".join
+    scope="module",
+    params=[
+        ("auto", "off", "off"),
+        ("auto", "off", "on"),
+        ("auto", "ngram", "off"),
+        ("int8", "ngram", "off"),
+    ],
+    ids="-".join,
 )
 def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> EngineCore:
-    kv_cache_dtype, speculative = request.param
+    kv_cache_dtype, speculative, overlap = request.param
     folder = write_model("tiny-mistral", tmp_path_factory.mktemp("model"))
     return fp32_engine(
         folder,
@@ -92,6 +99,7 @@ def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         max_batched_tokens=7,
         max_model_len=CONTEXT_LEN,
         speculative=speculative,
+        overlap=overlap,
     )
 
 
