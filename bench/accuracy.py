@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = tuple(DTYPES)
     add("--dtype", choices=dtypes, default="bfloat16", help="(default: %(default)s)")
     add("--against-dtype", choices=dtypes, default="bfloat16", help="(default: %(default)s)")
-    add("--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="of MODEL's cache")
+    add(
+        "--kv-cache-dtype", choices=("auto", "int8", "fp8"), default="auto", help="of MODEL's cache"
+    )
     add("--length", type=int, default=1024, metavar="TOKENS",
         help="of a window (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=0, metavar="N", help="end after N; 0: the whole text")

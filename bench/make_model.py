@@ -33,6 +33,8 @@ DTYPES = {
     "float32": (torch.float32, "F32"),
 }
 DEFAULT_SHARD_BYTES = 4 << 30
+MAX_NOISE = (1 << 25) - 39
+"""A prime number."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,22 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 def make_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """float32. Norms lie around one; matrices keep the scale of their input."""
-    noise: torch.Tensor = torch.randn(size, generator=generator)
+    noise = _noise(size, generator)
     if "norm" in name:
         return 1.0 + 0.1 * noise
     if "embed_tokens" in name or name.endswith("bias"):
         return 0.1 * noise
     return noise.mul_(float(size[-1]) ** -0.5)
+
+
+def _noise(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Of large tensors the same numbers again and again, since eight billion take minutes: in
+    another place of each row, so that no two rows are equal."""
+    num = torch.Size(size).numel()
+    if num <= MAX_NOISE:
+        return torch.randn(size, generator=generator)
+    noise = torch.randn(MAX_NOISE, generator=generator)
+    return noise.repeat(-(-num // MAX_NOISE))[:num].view(size)
 
 
 def _write_shards(shape: Shape, out: Path, dtype: str, seed: int, max_shard_bytes: int) -> None:

@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="random weights repeat themselves "
         "more than texts do, so drafts flatter them (default: %(default)s)",
     )
-    add("--kv-cache-dtype", default="auto", choices=("auto", "int8"), help="(default: %(default)s)")
+    caches = ("auto", "int8", "fp8")
+    add("--kv-cache-dtype", default="auto", choices=caches, help="(default: %(default)s)")
+    add("--deterministic", action="store_true", help="a request's tokens depend on it alone")
     add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
     add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
     return top
@@ -109,6 +111,7 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         kv_cache_bytes=size_bytes("--kv-cache-bytes", arguments.kv_cache_bytes),
         kv_cache_dtype=arguments.kv_cache_dtype,
         num_threads=arguments.num_threads,
+        deterministic=arguments.deterministic,
         prefix_cache=False,
         speculative=arguments.speculative,
     )

@@ -22,8 +22,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of a step by the prompt that is computed in it; see pace.py. 0: no limit."""
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
-    """auto: that of the weights; int8: with a scale per token and head."""
+    """auto: that of the weights; int8: with a scale per token and head; fp8: e4m3, without."""
+    gpu_memory_fraction: float = 0.9
+    """Of the card's memory, all that this engine may take: weights, cache, graphs, the rest."""
+    gpu_memory_bytes: int = 0
+    """The same in bytes; 0: as the fraction says."""
     block_size: int = 16
+    deterministic: bool = False
+    """A request's tokens are the same whatever else runs."""
     prefix_cache: bool = True
     speculative: str = "auto"
     """ngram: guess tokens from the sequence's own text; auto: only where it pays; off."""

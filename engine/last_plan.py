@@ -25,6 +25,8 @@ class Asked(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     kv_cache_dtype: str
     block_size: int
+    gpu_memory_fraction: float
+    gpu_memory_bytes: int
 
 
 class LastPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,4 +65,6 @@ def asked_of(config: EngineConfig) -> Asked:
         config.kv_cache_bytes,
         config.kv_cache_dtype,
         config.block_size,
+        config.gpu_memory_fraction,
+        config.gpu_memory_bytes,
     )

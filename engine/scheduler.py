@@ -8,8 +8,7 @@ A step is filled in this order, under one budget of `max_batched_tokens`, of whi
  1. Every decoding sequence gets its one token. If no block is free for it, the sequence that was
     admitted last gives all of its blocks back and waits again (preemption by recompute). What is
     left of the step's first rows is shared out among drafts (`speculation`), which preempt nobody.
- 2. Prompts already admitted continue, one chunk each. They hold all their blocks since admission,
-    so a chunk can never preempt.
+ 2. Prompts already admitted continue, one chunk each. They hold all their blocks since admission.
  3. Waiting sequences are admitted first come, first served: longest cached prefix first taken from
     the pool, never including the last token, whose logits are needed. Admission leaves one free
     block per running sequence, so that a newcomer is not preempted by the next decode step.
@@ -25,8 +24,10 @@ from itertools import islice
 
 import msgspec
 
+from .accounts import Accounts
 from .batch_limits import check_limits
 from .block_pool import BlockPool
+from .chunks import Chunks, fixed_chunks
 from .errors import DuplicateRequest, InvalidField
 from .messages import EngineStatistics, FinishReason, Output, Submit
 from .pace import Pace
@@ -50,7 +51,9 @@ class Scheduler:
         prefix_cache: bool = True,
         speculative: str = "off",
         max_decode_slowdown: float = 0.0,
+        deterministic: bool = False,
     ) -> None:
+        """`deterministic`: steps are such that a sequence's tokens depend on nothing but itself."""
         check_limits(max_num_seqs, max_batched_tokens, num_blocks, block_size, context_len)
         self._pool = BlockPool(num_blocks)
         self._block_size = block_size
@@ -59,7 +62,10 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._prefix_cache = prefix_cache
         self._speculation = Speculation(speculative, context_len, max_batched_tokens)
-        self._pace = Pace(max_decode_slowdown)
+        self._chunks = Chunks(0, block_size)
+        if deterministic:
+            self._chunks = fixed_chunks(max_num_seqs, max_batched_tokens, block_size)
+        self._pace = Pace(0.0 if deterministic else max_decode_slowdown)
         self._requests: dict[str, list[Sequence]] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -68,11 +74,7 @@ class Scheduler:
         self._ended: list[Output] = []
         self._num_in_flight = 0
         self._must_land = False
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_computed_tokens = 0
-        self._prefix_query_tokens = 0
-        self._prefix_hit_tokens = 0
+        self._accounts = Accounts()
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed, or not before another is over."""
-        step = Step(self._num_steps, released=self._released_slots)
+        step = Step(self._accounts.num_steps, released=self._released_slots)
         self._released_slots = []
         self._must_land = False
         self._schedule_decodes(step)
@@ -138,7 +140,7 @@ class Scheduler:
         if not step.rows:
             self._released_slots = step.released
             return None
-        self._num_steps += 1
+        self._accounts.num_steps += 1
         self._num_in_flight += 1
         return step
 
@@ -191,7 +193,7 @@ class Scheduler:
         self._give_back(victim)
         victim.state = SequenceState.PREEMPTED
         self._waiting.appendleft(victim)
-        self._num_preemptions += 1
+        self._accounts.num_preemptions += 1
 
     def _add_drafts(self, step: Step) -> None:
         by_slot = {s.slot: s for s in self._running}
@@ -233,9 +235,14 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         """Gives the sequence a slot and blocks for all of its tokens, or changes nothing."""
-        num_findable = (sequence.num_tokens - 1) // self._block_size
+        num_findable = self._chunks.num_shared_blocks(sequence.num_tokens - 1)
         prefix = self._pool.find_prefix(sequence.hashes(num_findable, self._block_size))
-        num_new = self._num_blocks_of(sequence.num_tokens) - len(prefix)
+        prefix = prefix[: self._chunks.num_shared_blocks(len(prefix) * self._block_size)]
+        num_tokens = sequence.num_tokens
+        if self._chunks.are_fixed:
+            # It must not be preempted: what decodes gave would be computed again in longer rows.
+            num_tokens += sequence.num_tokens_left(self._context_len)
+        num_new = self._num_blocks_of(num_tokens) - len(prefix)
         if num_new + len(self._running) > self._pool.num_free_after_holding(prefix):
             return False
         self._pool.hold(prefix)
@@ -245,21 +252,19 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
-        self._count_prefix(sequence)
+        self._accounts.count_prefix(sequence.num_tokens, sequence.num_computed)
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = sequence.num_computed
         step.admitted.append(sequence.admission())
         step.grown.append(Growth(sequence.slot, 0, list(sequence.block_ids)))
         return True
 
-    def _count_prefix(self, sequence: Sequence) -> None:
-        self._prefix_query_tokens += sequence.num_tokens
-        self._prefix_hit_tokens += sequence.num_computed
-        if sequence.num_cached_tokens < 0:
-            sequence.num_cached_tokens = sequence.num_computed
-
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
-        num_tokens = min(budget, sequence.num_uncomputed)
-        num_sampled = int(num_tokens == sequence.num_uncomputed)
         start = sequence.num_computed + sequence.num_flying
+        num_tokens = self._chunks.num_tokens(start, sequence.num_uncomputed, budget)
+        if num_tokens == 0:
+            return 0
+        num_sampled = int(num_tokens == sequence.num_uncomputed)
         row = Row(sequence.slot, start, num_tokens, num_sampled)
         step.rows.append(row)
         sequence.take_off(row)
@@ -287,7 +292,7 @@ class Scheduler:
     ) -> Output | None:
         sequence.land(row)
         sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
-        self._num_computed_tokens += row.num_tokens
+        self._accounts.num_computed_tokens += row.num_tokens
         draft_ids, sequence.draft_ids = sequence.draft_ids, []
         num_kept, output = row.num_tokens - len(draft_ids), None
         if sampled and sequence.state is SequenceState.RUNNING:
@@ -317,13 +322,13 @@ class Scheduler:
         # What a row computed after a token that was dropped belongs to nobody.
         sequence.num_computed = min(sequence.num_computed + num_tokens, sequence.num_tokens)
         num_full = sequence.num_computed // self._block_size
+        if self._chunks.are_fixed:
+            num_full = min(num_full, self._chunks.num_shared_blocks(sequence.num_prompt_tokens))
         if num_full > sequence.num_published:
             hashes = sequence.hashes(num_full, self._block_size)
             for i in range(sequence.num_published, num_full):
                 self._pool.publish(sequence.block_ids[i], hashes[i])
             sequence.num_published = num_full
-
-    # ---- endings -----------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         output = Output(sequence.request_id, sequence.index, [], reason, error=error)
@@ -364,8 +369,6 @@ class Scheduler:
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    # ---- accounts ----------------------------------------------------------------------------
-
     def statistics(self) -> EngineStatistics:
         blocks = self._pool.statistics()
         return EngineStatistics(
@@ -374,13 +377,9 @@ class Scheduler:
             num_blocks=blocks.num_blocks,
             num_used_blocks=blocks.num_held,
             num_cached_blocks=blocks.num_cached,
-            prefix_query_tokens=self._prefix_query_tokens,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            num_preemptions=self._num_preemptions,
-            num_computed_tokens=self._num_computed_tokens,
-            num_steps=self._num_steps,
             num_drafted_tokens=self._speculation.num_drafted_tokens,
             num_accepted_tokens=self._speculation.num_accepted_tokens,
+            **msgspec.structs.asdict(self._accounts),
         )
 
     def check_integrity(self) -> None:

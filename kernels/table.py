@@ -22,20 +22,23 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rms_norm": ("triton", "cpu", "reference"),
     "add_rms_norm": ("triton", "cpu", "reference"),
     "rope_store_kv": ("triton", "cpu", "reference"),
-    "rope_store_kv_int8": ("cpu", "reference"),
+    "rope_store_kv_int8": ("triton", "cpu", "reference"),
     "silu_mul": ("triton", "cpu", "reference"),
-    "paged_attention": ("triton", "cpu", "reference"),
-    "paged_attention_int8": ("cpu", "reference"),
-    "linear": ("cpu", "reference"),
+    "paged_attention": ("invariant", "triton", "cpu", "reference"),
+    "paged_attention_int8": ("invariant", "triton", "cpu", "reference"),
+    "linear": ("invariant", "cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
     "packed_gate_up": ("cpu", "reference"),
     "packed_embedding": ("cpu", "reference"),
-    "quantized_linear": ("triton", "cpu", "reference"),
+    "quantized_linear": ("invariant", "triton", "cpu", "reference"),
     "greedy": ("triton", "cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
 
-DEVICES = {"triton": "cuda", "cpu": "cpu"}
+INVARIANT = "invariant"
+"""Taken only where a row must not depend on what is beside it; on a CPU all of `cpu` are such."""
+
+DEVICES = {"invariant": "cuda", "triton": "cuda", "cpu": "cpu"}
 """Of a folder: for other devices its modules, and what they need, are not even imported."""
 
 
@@ -88,13 +91,14 @@ def implementations(op: str) -> list[Implementation]:
     return [Implementation(op, name) for name in TABLE[op]]
 
 
-def bind(device: torch.device, dtype: torch.dtype) -> Kernels:
+def bind(device: torch.device, dtype: torch.dtype, is_invariant: bool = False) -> Kernels:
     """Choose for `device` and `dtype`. Arguments that the choice does not accept go to the next.
 
     Native code uses as many threads as torch does at this moment.
     """
     native.set_num_threads(torch.get_num_threads())
-    usable = {op: _usable(op, device, dtype) for op in TABLE}
+    left_out = "" if is_invariant else INVARIANT
+    usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
     functions = {op: _chained(ordered) for op, ordered in usable.items()}
     return Kernels(**functions, choices={op: ordered[0].name for op, ordered in usable.items()})
 

@@ -48,7 +48,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_decode_slowdown: float = 2.5
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
+    gpu_memory_fraction: float = 0.9
+    gpu_memory_bytes: int = 0
     block_size: int = 16
+    deterministic: bool = False
     prefix_cache: bool = True
     speculative: str = "auto"
     overlap: str = "auto"
@@ -75,7 +78,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_decode_slowdown=self.max_decode_slowdown,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
+            gpu_memory_fraction=self.gpu_memory_fraction,
+            gpu_memory_bytes=self.gpu_memory_bytes,
             block_size=self.block_size,
+            deterministic=self.deterministic,
             prefix_cache=self.prefix_cache,
             speculative=self.speculative,
             overlap=self.overlap,

@@ -117,12 +117,35 @@ OPTIONS = (
     Option(
         "kv_cache_dtype",
         "capacity",
-        "of keys and values; auto: that of the weights; int8, with a scale for each token's heads: "
-        "about twice as many tokens of bfloat16 in the same memory, results change a little",
-        choices=("auto", "int8"),
+        "of keys and values; auto: that of the weights; int8, with a scale for each token's heads, "
+        "or fp8 (e4m3) on newer GPUs: about twice as many tokens of bfloat16 in the same memory, "
+        "results change, with int8 less than with fp8",
+        choices=("auto", "int8", "fp8"),
+    ),
+    Option(
+        "gpu_memory_fraction",
+        "capacity",
+        "of a card's memory, all that this engine may take: weights, cache, graphs and the rest",
+        "SHARE",
+        low=0.01,
+        high=1,
+    ),
+    Option(
+        "gpu_memory_bytes",
+        "capacity",
+        "the same in bytes, as 20GiB, for engines that share a card; 0: --gpu-memory-fraction",
+        "BYTES",
+        is_size=True,
     ),
     Option(
         "block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024
+    ),
+    Option(
+        "deterministic",
+        "capacity",
+        "the same request, the same tokens, whatever else runs: prompts are computed in rows of "
+        "fixed places, all memory that a request may need is set aside for it, and prefixes are "
+        "shared in longer pieces. Fewer requests at once, later first tokens beside others",
     ),
     Option("prefix_cache", "capacity", "let requests share the blocks of equal prompt beginnings"),
     Option(

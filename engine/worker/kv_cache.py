@@ -14,12 +14,11 @@ from ..errors import ConfigError, NotEnoughMemory
 from ..last_plan import LastPlan
 from ..models.config import ModelConfig
 from ..models.decoder import LayerCache
-from .memory import available_bytes
-
-AUTO_FRACTION = 0.5
-"""Of the memory left beside the weights: the rest is for activations and everybody else."""
+from .memory import cache_budget
 
 SCALE_DTYPE = torch.float32
+CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Those that are not the weights' own."""
 LARGE_PAGE_BYTES = 2 << 20
 
 
@@ -39,7 +38,7 @@ class KvPlan:
 
 def cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     """Of keys and values, beside weights of `dtype`."""
-    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
+    return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
 
 
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -55,11 +54,13 @@ def plan_kv_cache(
     device: torch.device,
     dtype: torch.dtype,
     last: LastPlan | None = None,
+    item_bytes: int = 4,
 ) -> KvPlan:
     """Sizes the cache: what was asked for, else what the machine has, never more than is of use.
 
     A context length that was asked for must fit, or NotEnoughMemory; one chosen here shrinks to
-    what fits. The last boot's size is kept where it still fits. `dtype` is the cache's.
+    what fits. The last boot's size is kept where it still fits. `dtype` is the cache's,
+    `item_bytes` those of a number that the model computes.
     """
     one_block = block_bytes(model, config.block_size, dtype)
     wanted_len = config.max_model_len or model.max_position_embeddings
@@ -69,7 +70,7 @@ def plan_kv_cache(
             f"{model.max_position_embeddings}"
         )
     useful = config.max_num_seqs * _num_blocks(wanted_len, config.block_size)
-    budget = config.kv_cache_bytes or int(AUTO_FRACTION * available_bytes(device))
+    budget = config.kv_cache_bytes or cache_budget(config, model, device, item_bytes)
     fitting = budget // one_block
     if last is not None and last.num_blocks <= min(useful, fitting):
         return KvPlan(last.num_blocks, config.block_size, one_block, last.context_len)
@@ -91,8 +92,9 @@ def _not_enough(
     needed = _num_blocks(wanted_len, config.block_size) * one_block
     given = "--kv-cache-bytes gives" if config.kv_cache_bytes else "there is room for"
     return NotEnoughMemory(
-        f"one sequence of {wanted_len} tokens needs {needed} bytes of KV cache, {given} {budget}; "
-        "lower --max-model-len or raise --kv-cache-bytes"
+        f"one sequence of {wanted_len} tokens needs {needed} bytes of KV cache, {given} {budget}: "
+        f"{needed - budget} are missing; lower --max-model-len or raise --kv-cache-bytes (of a GPU "
+        "--gpu-memory-fraction)"
     )
 
 
@@ -122,7 +124,8 @@ def allocate(
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_zeroed(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    memory = _zeroed(math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _zeroed(num_bytes: int) -> mmap.mmap:

@@ -31,6 +31,7 @@ from ..models.weights import ModelWeights, Preparer, assemble
 from ..speculation import MAX_STEP_ROWS
 from .graphs import GraphBackend
 from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
+from .memory import GIB, card_memory, check_weights_fit
 from .runner import Runner
 from .staging import staging_for
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+FP8_CAPABILITY = (8, 9)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -60,14 +62,18 @@ def load_runner(
     model, target = found.model, found.target
     device, dtype = checked_device(target.device), DTYPES[target.dtype]
     _set_threads(config.num_threads, device)
+    if device.type == "cuda":
+        check_weights_fit(found.num_bytes, config, card_memory(device))
     with torch.inference_mode():
         weights, weights_facts = _weights(found, device, dtype, report)
     report("bind_kernels", 0, 0, f"{device.type}, {target.dtype}")
-    kernels = bind(device, dtype)
+    kernels = bind(device, dtype, config.deterministic)
     kv_dtype = cache_dtype(config, dtype)
+    _check_cache(kv_dtype, device)
     graphs = _graphs_for(device, kernels, kv_dtype)
     report("allocate_kv", 0, 0, "")
-    plan = plan_kv_cache(config, model, device, kv_dtype, read_plan(found, config))
+    last = read_plan(found, config)
+    plan = plan_kv_cache(config, model, device, kv_dtype, last, dtype.itemsize)
     with torch.inference_mode():
         runner = Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),
@@ -81,7 +87,32 @@ def load_runner(
             graphs=graphs,
             runs_ahead=runs_ahead,
         )
+    _log_memory(device, found.num_bytes, plan.num_bytes)
     return runner, replace(_facts(found, kernels, plan, kv_dtype), weights=weights_facts)
+
+
+def _check_cache(kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError where the device does not know such numbers."""
+    if kv_dtype is not torch.float8_e4m3fn:
+        return
+    if device.type == "cpu":
+        logger.warning(
+            "--kv-cache-dtype fp8 is slow on a CPU, which has no kernel for it; see int8"
+        )
+    elif torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"kv_cache_dtype is fp8: {torch.cuda.get_device_name(device)} does not compute with it "
+            "(Ada and Hopper do); choose --kv-cache-dtype int8"
+        )
+
+
+def _log_memory(device: torch.device, weight_bytes: int, cache_bytes: int) -> None:
+    if device.type == "cuda":
+        others = torch.cuda.memory_reserved(device) - weight_bytes - cache_bytes
+        parts = (weight_bytes / GIB, cache_bytes / GIB, others / GIB)
+        logger.info(
+            "GiB of the card: weights %.2f, KV cache %.2f, graphs and the rest %.2f", *parts
+        )
 
 
 def _graphs_for(

@@ -165,7 +165,7 @@ class Sampler:
         tables = self._tables
         num_candidates, *larger = (min(size, logits.shape[-1]) for size in sizes)
         best, ids = logits.topk(num_candidates, sorted=True)
-        p = torch.exp((best - logits.logsumexp(-1, keepdim=True)).double())
+        p = torch.exp((best - _log_total(logits)).double())
         top_k = _column(tables.top_k[slots], logits, torch.int64)
         rank = torch.arange(num_candidates, device=logits.device)
         kept = (top_k == 0) | (rank < top_k)
@@ -190,7 +190,7 @@ class Sampler:
         self, raw: Tensor, rows: np.ndarray, slots: np.ndarray, token_ids: Tensor
     ) -> Logprobs:
         """`raw`: the rows' logits before any change."""
-        total = raw.logsumexp(-1, keepdim=True)
+        total = _log_total(raw)
         num_top = self._tables.num_logprobs[slots[rows]]
         best, best_ids = raw.topk(min(int(num_top.max()), raw.shape[-1]), sorted=True)
         chosen_ids = _rows(token_ids, rows).clamp(min=0)[:, None]
@@ -234,6 +234,12 @@ def _crossing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.minimum(index, last)
     rest = target - (cumulative - weights).gather(-1, index)
     return index.squeeze(-1), rest
+
+
+def _log_total(logits: Tensor) -> Tensor:
+    """[S, 1]. Of a row alone torch would sum parts in threads: other bits than beside others."""
+    rows = logits.expand(2, -1) if len(logits) == 1 else logits
+    return rows.logsumexp(-1, keepdim=True)[: len(logits)]
 
 
 def _rows(logits: Tensor, rows: np.ndarray) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from .case import Case, Cost, Inputs, num_bytes
+from .rope_store_kv import as_indexed
 
 
 def paged_attention(
@@ -29,8 +30,9 @@ def paged_attention(
     """Return softmax(scale * q k^T) v for every query over its own sequence: [T, Hq * D].
 
     q: [T, Hq, D], last dimension contiguous; k_cache, v_cache: [num_blocks, block_size, Hk, D] of
-    the same dtype; query head h reads key head h // (Hq / Hk). block_tables: [R, max_blocks] int32.
-    query_start: [R + 1] int32, ascending from 0. context_lens: [R] int32, tokens in the cache, this
+    the same dtype, or float8_e4m3fn, which is computed with as that dtype; query head h reads key
+    head h // (Hq / Hk). block_tables: [R, max_blocks] int32. query_start: [R + 1] int32, ascending
+    from 0. context_lens: [R] int32, tokens in the cache, this
     step's included. Query i of sequence r is at position
     p = context_lens[r] - (query_start[r + 1] - query_start[r]) + i and sees keys j <= p, and with a
     sliding_window w > 0 only j > p - w. Rows from query_start[R] on are padding: they come back 0.
@@ -38,7 +40,8 @@ def paged_attention(
 
     def read(row: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         table = block_tables[row]
-        return gathered(k_cache, table, span), gathered(v_cache, table, span)
+        k, v = (gathered(as_indexed(cache), table, span) for cache in (k_cache, v_cache))
+        return k.view(k_cache.dtype).to(q.dtype), v.view(v_cache.dtype).to(q.dtype)
 
     return attention_over(q, read, query_start, context_lens, scale, sliding_window)
 

@@ -11,6 +11,8 @@ import torch
 
 from .case import Builder, Case, Cost, Inputs, num_bytes
 
+FP8_LARGEST = 448.0
+
 
 def rope_store_kv(
     q: torch.Tensor,
@@ -26,7 +28,8 @@ def rope_store_kv(
 
     q: [T, Hq, D]; k, v: [T, Hk, D]: views with a contiguous last dimension, of one dtype.
     cos_sin: [max_pos, D] fp32: cosines of D/2 angles, then their sines. positions: [T] int32.
-    k_cache, v_cache: [num_blocks, block_size, Hk, D]. slot_mapping: [T] int32, block * block_size +
+    k_cache, v_cache: [num_blocks, block_size, Hk, D] of that dtype, or float8_e4m3fn, whose range
+    larger numbers are cut to. slot_mapping: [T] int32, block * block_size +
     offset, or -1 for a row that must not be stored; no two rows share a slot.
     The rotation pairs element i with i + D/2 (the "half" style of transformers), in fp32.
     Source: arXiv:2104.09864.
@@ -36,9 +39,21 @@ def rope_store_kv(
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
     slots = slot_mapping[rows].long()
     where = (slots // block_size, slots % block_size)
-    k_cache.index_put_(where, rotated(k, cos, sin)[rows])
-    v_cache.index_put_(where, v[rows])
+    for cache, x in ((k_cache, rotated(k, cos, sin)), (v_cache, v)):
+        as_indexed(cache).index_put_(where, as_indexed(stored(x[rows], cache.dtype)))
     q.copy_(rotated(q, cos, sin))
+
+
+def stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As a cache of `dtype` holds it; NaN stays NaN."""
+    if dtype is torch.float8_e4m3fn:
+        x = x.clamp(-FP8_LARGEST, FP8_LARGEST)
+    return x.to(dtype)
+
+
+def as_indexed(x: torch.Tensor) -> torch.Tensor:
+    """Bytes where torch can index no such numbers."""
+    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

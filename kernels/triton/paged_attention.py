@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tensors import has_heads, is_cache, supported
+from .tensors import has_heads, is_float_cache, supported
 
 __all__ = ["accepts", "paged_attention", "supported"]
 
@@ -38,7 +38,7 @@ def accepts(
     scale: float,
     sliding_window: int,
 ) -> bool:
-    are_caches = all(is_cache(cache, q.shape[2], q.dtype) for cache in (k_cache, v_cache))
+    are_caches = all(is_float_cache(cache, q.shape[2], q.dtype) for cache in (k_cache, v_cache))
     return has_heads(q) and are_caches and q.shape[1] % k_cache.shape[2] == 0
 
 
@@ -52,14 +52,35 @@ def paged_attention(
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
+    lists = block_tables, query_start, context_lens
+    return attend(q, k_cache, v_cache, None, lists, scale, sliding_window)
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+    lists: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    sliding_window: int,
+    is_invariant: bool = False,
+) -> torch.Tensor:
+    """`scales`: of int8 caches, of keys and values; `lists`: tables, query_start, context_lens.
+
+    `is_invariant`: a row's result does not depend on how many there are. Then long contexts are not
+    split, which costs most where few sequences decode.
+    """
     num_tokens, num_heads, head_dim = q.shape
+    block_tables, query_start, context_lens = lists
     num_seqs, block_size, num_kv_heads = len(context_lens), k_cache.shape[1], k_cache.shape[2]
+    k_scales, v_scales = scales or (k_cache, v_cache)
     # What belongs to no sequence is padding, and 0.
     out = torch.zeros((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
     if not (num_tokens and num_seqs):
         return out
     group = num_heads // num_kv_heads
-    is_decode = num_tokens <= num_seqs
+    is_decode = num_tokens <= num_seqs and not is_invariant
     wanted = group if is_decode else max(PROMPT_ROWS, group)
     rows = max(MIN_ROWS, triton.next_power_of_2(wanted))
     queries = rows // group
@@ -72,12 +93,14 @@ def paged_attention(
     )  # fmt: skip
     width = triton.next_power_of_2(head_dim)
     _attend[(num_blocks, num_kv_heads, splits)](
-        q, k_cache, v_cache, out, partial, block_tables, query_start, context_lens,
-        scale * LOG2_E, q.stride(0), k_cache.stride(0), v_cache.stride(0), block_tables.stride(0),
+        q, k_cache, v_cache, k_scales, v_scales, out, partial,
+        block_tables, query_start, context_lens,
+        scale * LOG2_E, q.stride(0), k_cache.stride(0), v_cache.stride(0),
+        k_scales.stride(0), v_scales.stride(0), block_tables.stride(0),
         num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
         triton.cdiv(max_keys, splits),
         GROUP=group, QUERIES=queries, ROWS=rows, KEYS=TILE_KEYS, WIDTH=width,
-        IS_SPLIT=splits > 1, STEPS=max(1, num_seqs.bit_length()),
+        IS_SPLIT=splits > 1, HAS_SCALES=scales is not None, STEPS=max(1, num_seqs.bit_length()),
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
     )  # fmt: skip
     if splits > 1:
@@ -96,12 +119,14 @@ def num_splits(num_programs: int, max_keys: int) -> int:
 
 @triton.jit
 def _attend(
-    q, k_cache, v_cache, out, partial, block_tables, query_start, context_lens,
-    scale, q_stride, k_block_stride, v_block_stride, table_stride,
+    q, k_cache, v_cache, k_scales, v_scales, out, partial,
+    block_tables, query_start, context_lens,
+    scale, q_stride, k_block_stride, v_block_stride, k_scale_stride, v_scale_stride, table_stride,
     num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
     split_keys,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_SCALES: tl.constexpr, STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = _sequence_of(block, query_start, num_seqs, QUERIES, STEPS)
@@ -134,17 +159,23 @@ def _attend(
             keys = start + tl.arange(0, KEYS)
             is_key = keys < end_key
             cell = tl.load(table + keys // block_size, mask=is_key, other=0).to(tl.int64)
-            within = (keys % block_size * num_kv_heads + kv_head) * head_dim
-            k_at = (cell * k_block_stride + within)[None, :] + dims[:, None]
-            k = tl.load(k_cache + k_at, mask=is_dim[:, None] & is_key[None, :], other=0.0)
-            v_at = (cell * v_block_stride + within)[:, None] + dims[None, :]
-            v = tl.load(v_cache + v_at, mask=is_key[:, None] & is_dim[None, :], other=0.0)
+            within = keys % block_size * num_kv_heads + kv_head
+            k_at = (cell * k_block_stride + within * head_dim)[None, :] + dims[:, None]
+            k = _load(k_cache + k_at, is_dim[:, None] & is_key[None, :], queries.dtype)
+            v_at = (cell * v_block_stride + within * head_dim)[:, None] + dims[None, :]
+            v = _load(v_cache + v_at, is_key[:, None] & is_dim[None, :], queries.dtype)
             visible = is_key[None, :] & (keys[None, :] <= position[:, None])
             if sliding_window > 0:
                 visible = visible & (keys[None, :] > position[:, None] - sliding_window)
             scores = tl.dot(queries, k, input_precision=PRECISION) * scale
+            v_scale = 1.0
+            if HAS_SCALES:
+                k_scale = tl.load(k_scales + cell * k_scale_stride + within, mask=is_key, other=0.0)
+                scores = scores * k_scale[None, :]
+                v_scale = tl.load(v_scales + cell * v_scale_stride + within, mask=is_key, other=0.0)
+                v_scale = v_scale[None, :]
             scores = tl.where(visible, scores, float("-inf"))
-            most, total, sums = _weigh(scores, v, most, total, sums, PRECISION)
+            most, total, sums = _weigh(scores, v, v_scale, most, total, sums, PRECISION)
         if IS_SPLIT:
             cell = (split.to(tl.int64) * num_tokens + token) * num_heads + head
             at = partial + cell * (head_dim + 2)
@@ -154,6 +185,12 @@ def _attend(
             result = sums / tl.where(is_row, total, 1.0)[:, None]
             places = (token * num_heads + head)[:, None] * head_dim + dims[None, :]
             tl.store(out + places, result.to(queries.dtype), mask=inside)
+
+
+@triton.jit
+def _load(at, inside, dtype: tl.constexpr):
+    """Zeros outside. One byte, of int8 or fp8, is exact in any of the queries' dtypes."""
+    return tl.where(inside, tl.load(at, mask=inside).to(dtype), 0.0)
 
 
 @triton.jit
@@ -170,7 +207,7 @@ def _sequence_of(block, query_start, num_seqs, QUERIES: tl.constexpr, STEPS: tl.
 
 
 @triton.jit
-def _weigh(scores, v, most, total, sums, PRECISION: tl.constexpr):
+def _weigh(scores, v, v_scale, most, total, sums, PRECISION: tl.constexpr):
     """One more tile of an online softmax: maxima, totals and weighted sums with it."""
     highest = tl.maximum(most, tl.max(scores, 1))
     # A row that has seen nothing yet: any finite shift makes its weights 0, not NaN.
@@ -179,7 +216,7 @@ def _weigh(scores, v, most, total, sums, PRECISION: tl.constexpr):
     rescale = tl.exp2(most - shift)
     total = total * rescale + tl.sum(weights, 1)
     sums = sums * rescale[:, None]
-    sums += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    sums += tl.dot((weights * v_scale).to(v.dtype), v, input_precision=PRECISION)
     return highest, total, sums
 
 

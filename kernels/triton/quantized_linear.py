@@ -44,12 +44,27 @@ def quantized_linear(
     group_size: int,
     num_outputs: int,
 ) -> torch.Tensor:
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(len(x))))
+    return multiply(x, words, scales, (zeros, order, bias), bits, group_size, num_outputs, rows)
+
+
+def multiply(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    optional: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    bits: int,
+    group_size: int,
+    num_outputs: int,
+    rows: int,
+) -> torch.Tensor:
+    """`optional`: zeros, order, bias; `rows`: of a tile."""
     num_rows, num_inputs = x.shape
+    zeros, order, bias = optional
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if num_rows:
-        rows = min(MAX_ROWS, max(16, triton.next_power_of_2(num_rows)))
         # What is absent is not read: any tensor stands for it.
-        given = (words if t is None else t for t in (zeros, order, bias))
+        given = (words if t is None else t for t in optional)
         _quantized_linear[(triton.cdiv(num_rows, rows), triton.cdiv(num_outputs, OUTPUTS))](
             x, words, scales, *given, out, x.stride(0), num_rows, num_inputs, num_outputs,
             words.shape[1], scales.shape[1], min(group_size, num_inputs),

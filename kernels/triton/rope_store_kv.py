@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tensors import has_heads, is_cache, supported
+from .tensors import has_heads, is_float_cache, supported
 
 __all__ = ["accepts", "rope_store_kv", "supported"]
 
@@ -27,7 +27,7 @@ def accepts(
     return (
         all(has_heads(x) and x.dtype is q.dtype for x in (q, k, v))
         and q.shape[2] % 2 == 0
-        and all(is_cache(cache, q.shape[2], q.dtype) for cache in (k_cache, v_cache))
+        and all(is_float_cache(cache, q.shape[2], q.dtype) for cache in (k_cache, v_cache))
         and cos_sin.is_contiguous()
     )
 
@@ -81,8 +81,8 @@ def _rope_store_kv(
                     cos, sin, half, places, inside)  # fmt: skip
             source = v + row * v_stride + kv_head * head_dim + places
             target = v_cache + block * v_block_stride + within + places
-            tl.store(target, tl.load(source, mask=inside), mask=inside)
-            tl.store(target + half, tl.load(source + half, mask=inside), mask=inside)
+            _store(target, tl.load(source, mask=inside, other=0.0), inside)
+            _store(target + half, tl.load(source + half, mask=inside, other=0.0), inside)
 
 
 @triton.jit
@@ -90,5 +90,13 @@ def _rotate(source, target, cos, sin, half, places, inside):
     first = tl.load(source + places, mask=inside, other=0.0)
     second = tl.load(source + half + places, mask=inside, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
-    tl.store(target + places, (a * cos - b * sin).to(first.dtype), mask=inside)
-    tl.store(target + half + places, (b * cos + a * sin).to(first.dtype), mask=inside)
+    _store(target + places, (a * cos - b * sin).to(first.dtype), inside)
+    _store(target + half + places, (b * cos + a * sin).to(first.dtype), inside)
+
+
+@triton.jit
+def _store(target, x, inside):
+    """In fp8 the largest number stands for what is larger; NaN stays NaN."""
+    if target.dtype.element_ty == tl.float8e4nv:
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    tl.store(target, x.to(target.dtype.element_ty), mask=inside)

@@ -25,6 +25,11 @@ def has_heads(x: torch.Tensor) -> bool:
     return x.ndim == 3 and x.stride()[1:] == (x.shape[2], 1) and x.dtype in DTYPES
 
 
+def is_float_cache(cache: torch.Tensor, head_dim: int, dtype: torch.dtype) -> bool:
+    """Of the rows' dtype, or fp8, which is computed with as that."""
+    return any(is_cache(cache, head_dim, kind) for kind in (dtype, torch.float8_e4m3fn))
+
+
 def is_cache(cache: torch.Tensor, head_dim: int, dtype: torch.dtype) -> bool:
     """[blocks, block_size, heads, head_dim], each block contiguous."""
     _, _, num_heads, size = cache.shape

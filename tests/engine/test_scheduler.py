@@ -118,6 +118,7 @@ requests = st.lists(
     speculative=st.sampled_from(MODES),
     vocab_size=st.sampled_from((1, 2, 4, VOCAB_SIZE)),  # how often a draft is right
     max_in_flight=st.sampled_from((1, 2)),
+    deterministic=st.booleans(),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     requests,
@@ -128,11 +129,13 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     speculative,
     vocab_size,
     max_in_flight,
+    deterministic,
 ) -> None:
     bench = Bench(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
-        max_batched_tokens=max_num_seqs + extra_budget,
+        max_batched_tokens=max_num_seqs + extra_budget + 4 * deterministic,
+        deterministic=deterministic,
         prefix_cache=prefix_cache,
         speculative=speculative,
         vocab_size=vocab_size,

@@ -14,6 +14,7 @@ from pilotlight.kernels import table
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from pilotlight.kernels.invariant import linear  # noqa: E402
 from pilotlight.kernels.triton import (  # noqa: E402
     add_rms_norm,
     greedy,
@@ -21,10 +22,11 @@ from pilotlight.kernels.triton import (  # noqa: E402
     quantized_linear,
     rms_norm,
     rope_store_kv,
+    rope_store_kv_int8,
     silu_mul,
 )
 
-X, F, I32, INT = "*bf16", "*fp32", "*i32", "i32"
+X, F, I32, I8, FP8, INT = "*bf16", "*fp32", "*i32", "*i8", "*fp8e4nv", "i32"
 """Types of arguments as Triton's signatures spell them."""
 KERNELS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     "rms_norm": (rms_norm._rms_norm, [X, X, X, INT, INT, INT, "fp32"], {"WIDTH": 1024}),
@@ -36,17 +38,31 @@ KERNELS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     "rope_store_kv": (
         rope_store_kv._rope_store_kv, [X, X, X, F, I32, X, X, I32, *[INT] * 9], {"WIDTH": 64}
     ),
+    "rope_store_kv_int8": (
+        rope_store_kv_int8._rope_store_kv_int8,
+        [X, X, X, F, I32, I8, I8, F, F, I32, *[INT] * 11], {"WIDTH": 64},
+    ),
     "attend": (
         paged_attention._attend,
-        [X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 12],
+        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
         {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
-         "STEPS": 6, "PRECISION": "tf32"},
+         "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
+    ),
+    "attend-int8": (
+        paged_attention._attend,
+        [X, I8, I8, F, F, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
+         "HAS_SCALES": True, "STEPS": 6, "PRECISION": "tf32"},
     ),
     "attend-prompts": (
         paged_attention._attend,
-        [X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 12],
+        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
         {"GROUP": 7, "QUERIES": 9, "ROWS": 64, "KEYS": 32, "WIDTH": 64, "IS_SPLIT": False,
-         "STEPS": 6, "PRECISION": "tf32"},
+         "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
+    ),
+    "linear-invariant": (
+        linear._linear, [X, X, X, X, *[INT] * 4],
+        {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 64, "HAS_BIAS": True, "PRECISION": "tf32"},
     ),
     "join": (
         paged_attention._join,
@@ -67,12 +83,26 @@ def test_they_compute_what_the_reference_does(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
-    operations = [op for op, names in table.TABLE.items() if "triton" in names]
-    assert all(f"{op}, torch.float16" in done.stdout for op in operations)
+    folders = [(op, name) for op, names in table.TABLE.items() for name in names]
+    ours = [pair for pair in folders if pair[1] in ("triton", "invariant")]
+    assert all(f"{op}, {folder}, torch.float16" in done.stdout for op, folder in ours)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", KERNELS)
+ON_HOPPER = {
+    "rope_store_kv-fp8": (
+        rope_store_kv._rope_store_kv, [X, X, X, F, I32, FP8, FP8, I32, *[INT] * 9], {"WIDTH": 64}
+    ),
+    "attend-fp8": (
+        paged_attention._attend,
+        [X, FP8, FP8, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
+         "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
+    ),
+}  # fmt: skip
+COMPILED = [(name, 80) for name in KERNELS] + [(name, 90) for name in KERNELS | ON_HOPPER]
+
+
+@pytest.mark.parametrize(("name", "capability"), COMPILED)
 def test_they_compile_for_devices_that_are_not_here(
     name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -80,7 +110,7 @@ def test_they_compile_for_devices_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types, constants = KERNELS[name]
+    kernel, types, constants = (KERNELS | ON_HOPPER)[name]
     arguments = [n for n in kernel.arg_names if n not in constants]
     signature = dict(zip(arguments, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -1,0 +1,1 @@
+"""Triton operations whose result for a row depends on nothing but that row: for --deterministic."""
