@@ -192,10 +192,9 @@ def startup(plan: Plan) -> dict[str, Any]:
     command = [sys.executable, "-m", "pilotlight", "bench", "startup", plan.model]
     command += ["--repeat", str(plan.startups)]
     with tempfile.TemporaryDirectory(dir=Path(plan.model).parent) as cache:
-        flags = {"capture_output": True, "text": True, "check": False}
-        return _last_json(
-            subprocess.run(command, **flags, env=os.environ | {"PILOTLIGHT_CACHE": cache})
-        )
+        places = os.environ | {"PILOTLIGHT_CACHE": cache}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=places)
+    return _last_json(done)
 
 
 def tests(plan: Plan) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Trial:
 def trials(is_quick: bool = False) -> Iterator[Trial]:
     for op in table.TABLE:
         for implementation in table.implementations(op):
-            if implementation.name == "triton":  # see triton_trials.py
+            if table.DEVICES.get(implementation.name) == "cuda":  # see triton_trials.py
                 continue
             levels = native.levels() if implementation.name == "cpu" else [None]
             for level in levels:
