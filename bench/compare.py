@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -117,14 +119,15 @@ class Child:
         self._command = command
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True,
+            text=True, start_new_session=True,
         )  # fmt: skip
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        # With its own children: as long as one of them lives, the pipe has no end.
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
     def wait_loaded(self) -> None:

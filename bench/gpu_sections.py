@@ -8,7 +8,6 @@ prints one JSON line. PLAN is the JSON of a Plan.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -192,9 +191,8 @@ def startup(plan: Plan) -> dict[str, Any]:
     command = [sys.executable, "-m", "pilotlight", "bench", "startup", plan.model]
     command += ["--repeat", str(plan.startups)]
     with tempfile.TemporaryDirectory(dir=Path(plan.model).parent) as cache:
-        places = os.environ | {"PILOTLIGHT_CACHE": cache}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=places)
-    return _last_json(done)
+        command += ["--cache", cache]
+        return _last_json(subprocess.run(command, capture_output=True, text=True, check=False))
 
 
 def tests(plan: Plan) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _drained(reader: Reader) -> None:
 
 
 def _arrived(arena: Arena, device: torch.device, is_direct: bool) -> None:
-    DeviceArena(arena, _reader(arena, is_direct), copier_for(device))
+    DeviceArena(arena, _reader(arena, is_direct), copier_for(device)).finish()
 
 
 def _rate(arena: Arena, work: Callable[[], None]) -> float:

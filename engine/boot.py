@@ -25,6 +25,7 @@ from .messages import FinishReason, ModelFacts, Submit, WeightsFacts
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .torch_import import TorchImport
+from .unload import give_memory_back
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ def _boot_twice(
     except BadArtefact as error:
         # It was condemned when it was found out: what is left is the checkpoint.
         logger.warning("%s; the checkpoint itself is loaded", error)
-        return _boot(config, folder, torch_import, report, pulse)
+    # Only now: the error's traceback held what had been made ready, the cache among it.
+    give_memory_back()
+    return _boot(config, folder, torch_import, report, pulse)
 
 
 def _boot(

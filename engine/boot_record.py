@@ -18,7 +18,9 @@ UNLOAD_PHASE = "unload"
 TEXT_PHASE = "read_text"
 """Behind the engine's last phase: what the front still needed for the tokenizer."""
 
-LOADING_PHASES = frozenset({"fetch", "load_weights", "bind_kernels", "allocate_kv"})
+LOADING_PHASES = frozenset(
+    {"fetch", "load_weights", "bind_kernels", "allocate_kv", "capture_graphs", "await_weights"}
+)
 WARMING_PHASES = frozenset({"warm"})
 
 

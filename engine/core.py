@@ -106,11 +106,9 @@ class EngineCore:
         if flight is None and not outputs:
             return None
         ended_s = self._clock()
-        statistics = self._scheduler.statistics()
         return StepRecord(
-            step=statistics.num_steps,
+            step=self._scheduler.accounts.num_steps,
             outputs=outputs,
-            statistics=statistics,
             ended_s=ended_s,
             duration_s=ended_s - began_s,
             num_tokens=flight.step.num_tokens if flight else 0,

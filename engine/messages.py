@@ -201,7 +201,6 @@ class StepRecord(msgspec.Struct, tag=True):
 
     step: int
     outputs: list[Output]
-    statistics: EngineStatistics
     ended_s: float
     duration_s: float
     num_tokens: int

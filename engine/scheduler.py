@@ -74,7 +74,7 @@ class Scheduler:
         self._ended: list[Output] = []
         self._num_in_flight = 0
         self._must_land = False
-        self._accounts = Accounts()
+        self.accounts = Accounts()
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed, or not before another is over."""
-        step = Step(self._accounts.num_steps, released=self._released_slots)
+        step = Step(self.accounts.num_steps, released=self._released_slots)
         self._released_slots = []
         self._must_land = False
         self._schedule_decodes(step)
@@ -140,7 +140,7 @@ class Scheduler:
         if not step.rows:
             self._released_slots = step.released
             return None
-        self._accounts.num_steps += 1
+        self.accounts.num_steps += 1
         self._num_in_flight += 1
         return step
 
@@ -193,7 +193,7 @@ class Scheduler:
         self._give_back(victim)
         victim.state = SequenceState.PREEMPTED
         self._waiting.appendleft(victim)
-        self._accounts.num_preemptions += 1
+        self.accounts.num_preemptions += 1
 
     def _add_drafts(self, step: Step) -> None:
         by_slot = {s.slot: s for s in self._running}
@@ -252,7 +252,7 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
-        self._accounts.count_prefix(sequence.num_tokens, sequence.num_computed)
+        self.accounts.count_prefix(sequence.num_tokens, sequence.num_computed)
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.num_computed
         step.admitted.append(sequence.admission())
@@ -292,7 +292,7 @@ class Scheduler:
     ) -> Output | None:
         sequence.land(row)
         sequence.first_scheduled_s = sequence.first_scheduled_s or scheduled_s
-        self._accounts.num_computed_tokens += row.num_tokens
+        self.accounts.num_computed_tokens += row.num_tokens
         draft_ids, sequence.draft_ids = sequence.draft_ids, []
         num_kept, output = row.num_tokens - len(draft_ids), None
         if sampled and sequence.state is SequenceState.RUNNING:
@@ -379,7 +379,7 @@ class Scheduler:
             num_cached_blocks=blocks.num_cached,
             num_drafted_tokens=self._speculation.num_drafted_tokens,
             num_accepted_tokens=self._speculation.num_accepted_tokens,
-            **msgspec.structs.asdict(self._accounts),
+            **msgspec.structs.asdict(self.accounts),
         )
 
     def check_integrity(self) -> None:

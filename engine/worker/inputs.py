@@ -27,12 +27,15 @@ class Buffer:
         self._host_tensor = staging.host(shape)
         self.host = self._host_tensor.numpy()
         self._device_tensor = staging.mirror(self._host_tensor)
+        self._view, self._host_view = self._device_tensor, self._host_tensor
 
     def on_device(self, num_rows: int) -> Tensor:
         """The first `num_rows` rows, copied over where that is another memory."""
-        view = self._device_tensor[:num_rows]
-        self._staging.copy(self._host_tensor[:num_rows], view)
-        return view
+        if num_rows != len(self._view):
+            self._view = self._device_tensor[:num_rows]
+            self._host_view = self._host_tensor[:num_rows]
+        self._staging.copy(self._host_view, self._view)
+        return self._view
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class InputBuffers:
         self._sampled_slots = Buffer((max_num_rows,), staging)
         self._newest_of = Buffer((max_num_rows,), staging)
         self._newest = staging.mirror(staging.host((len(tables.num_awaited),)))
+        self._last: StepInputs | None = None
+        """Of a step of decodes alone, and without drafts."""
         self._token_index = np.arange(max(max_num_tokens, max_num_rows) + 1, dtype=np.int32)
 
     def fill(self, step: Step, num_padded: Callable[[int], int] = lambda n: n) -> StepInputs:
@@ -90,6 +95,8 @@ class InputBuffers:
 
         A step of n decodes alone is filled up to `num_padded(n)` rows.
         """
+        if self._last is not None and _goes_on(step, self._last):
+            return self._one_further(self._last)
         fields = [(r.slot, r.start, r.num_tokens, r.num_sampled) for r in step.rows]
         slots, starts, counts, samples = np.array(fields, dtype=np.int32).T
         if step.drafted:
@@ -108,6 +115,27 @@ class InputBuffers:
             num_tokens, num_rows, slots[chosen], (starts + counts)[chosen], is_decode
         )
         self._put_newest(inputs.token_ids[:num_awaiting])
+        self._last = inputs if is_decode and not step.drafted else None
+        return inputs
+
+    def _one_further(self, last: StepInputs) -> StepInputs:
+        """The same rows, each a token later: what stays is not filled again."""
+        slots, num_rows = last.slots, len(last.slots)
+        self._staging.wait()
+        positions = self._positions.host[:num_rows]
+        positions += 1
+        self._context_lens.host[:num_rows] += 1
+        self._fill_cells(slots, positions)
+        begins_block = np.flatnonzero(positions % self._block_size == 0)
+        if len(begins_block):
+            index = positions[begins_block] // self._block_size
+            blocks = self._tables.block_ids[slots[begins_block], index]
+            self._block_tables.host[begins_block, index] = blocks
+        num_awaiting = self._find_awaited(slots)
+        num_all = len(last.token_ids)
+        inputs = self._staged(num_all, num_all, slots, last.lengths + 1, is_decode=True)
+        self._put_newest(inputs.token_ids[:num_awaiting])
+        self._last = inputs
         return inputs
 
     def keep_newest(self, inputs: StepInputs, token_ids: Tensor) -> None:
@@ -117,6 +145,8 @@ class InputBuffers:
 
     def _find_awaited(self, slots: np.ndarray) -> int:
         """How many first rows of one token may have to wait for it."""
+        if not self._tables.num_awaited.any():
+            return 0
         is_awaited = self._tables.num_awaited[slots] > 0
         num_awaiting = int(np.max(np.flatnonzero(is_awaited), initial=-1)) + 1
         self._newest_of.host[:num_awaiting] = np.where(is_awaited, slots, -1)[:num_awaiting]
@@ -131,6 +161,7 @@ class InputBuffers:
 
     def blank(self, num_rows: int) -> StepInputs:
         """A decode step of padding alone."""
+        self._last = None
         self._staging.wait()
         self._query_start.host[0] = 0
         self._pad(0, num_rows)
@@ -190,11 +221,26 @@ class InputBuffers:
         first = starts - self._query_start.host[: len(slots)]
         positions = self._positions.host[:num_tokens]
         np.add(self._token_index[:num_tokens], np.repeat(first, counts), out=positions)
-        slot_of = np.repeat(slots, counts)
-        self._token_ids.host[:num_tokens] = self._tables.token_ids[slot_of, positions]
-        blocks = self._tables.block_ids[slot_of, positions // self._block_size]
-        cells = blocks * self._block_size + positions % self._block_size
+        self._fill_cells(np.repeat(slots, counts), positions)
+
+    def _fill_cells(self, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Of tokens: which they are, and where their keys and values go."""
+        num_tokens = len(positions)
+        self._token_ids.host[:num_tokens] = self._tables.token_ids[slots, positions]
+        index, offset = np.divmod(positions, self._block_size)
+        cells = self._tables.block_ids[slots, index] * self._block_size + offset
         self._slot_mapping.host[:num_tokens] = cells
+
+
+def _goes_on(step: Step, last: StepInputs) -> bool:
+    """Whether the rows are those of the last step, each at the token that it sampled."""
+    if step.admitted or step.drafted or len(step.rows) != len(last.slots):
+        return False
+    rows = zip(step.rows, last.slots.tolist(), last.lengths.tolist(), strict=True)
+    return all(
+        row.slot == slot and row.start == length and row.num_tokens == row.num_sampled == 1
+        for row, slot, length in rows
+    )
 
 
 def _token_by_token(

@@ -7,37 +7,29 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from msgspec.structs import replace
 
 from ...kernels.table import Kernels, bind
-from ...weights_cache.artefacts import LeasedArena
-from ...weights_cache.stream.mapped import MappedArena, MappedWeights
 from ..boot_report import BootReport
 from ..config import EngineConfig
-from ..errors import BadArtefact, ConfigError
+from ..errors import ConfigError
 from ..found_weights import FoundWeights
 from ..host_cpus import usable_cpus
 from ..last_plan import read_plan
-from ..messages import ModelFacts, WeightsFacts
+from ..messages import ModelFacts
 from ..models.decoder import Decoder
-from ..models.names import expected_tensors
 from ..models.recipes import recipes
-from ..models.weights import ModelWeights, Preparer, assemble
+from ..models.weights import ModelWeights
 from ..speculation import MAX_STEP_ROWS
 from .graphs import GraphBackend
 from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
+from .loading import begin_loading
 from .memory import GIB, card_memory, check_weights_fit
 from .runner import Runner
 from .staging import staging_for
-
-if TYPE_CHECKING:
-    from ...weights_cache.reader.readers import Reader
-    from ...weights_cache.stream.device import DeviceArena
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +51,35 @@ def load_runner(
     runs_ahead: bool = False,
 ) -> tuple[Runner, ModelFacts]:
     """Loads what was found. Raises SetupError. `pulse` is called per layer of each step."""
-    model, target = found.model, found.target
-    device, dtype = checked_device(target.device), DTYPES[target.dtype]
+    device, dtype = checked_device(found.target.device), DTYPES[found.target.dtype]
     _set_threads(config.num_threads, device)
     if device.type == "cuda":
         check_weights_fit(found.num_bytes, config, card_memory(device))
     with torch.inference_mode():
-        weights, weights_facts = _weights(found, device, dtype, report)
-    report("bind_kernels", 0, 0, f"{device.type}, {target.dtype}")
+        loading = begin_loading(found, device, dtype, report)
+    try:
+        made = _made_ready(config, found, loading.weights, device, report, pulse, runs_ahead)
+        weights_facts = loading.finish(report)
+    except BaseException:
+        loading.abandon()
+        raise
+    runner, facts = made
+    _log_memory(device, found.num_bytes, facts.kv_cache_bytes)
+    return runner, replace(facts, weights=weights_facts)
+
+
+def _made_ready(
+    config: EngineConfig,
+    found: FoundWeights,
+    weights: ModelWeights,
+    device: torch.device,
+    report: BootReport,
+    pulse: Callable[[], None],
+    runs_ahead: bool,
+) -> tuple[Runner, ModelFacts]:
+    """Everything but the weights' values: graphs hold addresses, and are captured meanwhile."""
+    model, dtype = found.model, DTYPES[found.target.dtype]
+    report("bind_kernels", 0, 0, f"{device.type}, {found.target.dtype}")
     kernels = bind(device, dtype, config.deterministic)
     kv_dtype = cache_dtype(config, dtype)
     _check_cache(kv_dtype, device)
@@ -75,9 +88,12 @@ def load_runner(
     last = read_plan(found, config)
     plan = plan_kv_cache(config, model, device, kv_dtype, last, dtype.itemsize)
     with torch.inference_mode():
+        caches = allocate(plan, model, device, kv_dtype, int(graphs is not None))
+        if graphs is not None:
+            report("capture_graphs", 0, 0, "")
         runner = Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),
-            allocate(plan, model, device, kv_dtype, num_padding_blocks=int(graphs is not None)),
+            caches,
             context_len=plan.context_len,
             block_size=plan.block_size,
             max_num_seqs=config.max_num_seqs,
@@ -87,8 +103,7 @@ def load_runner(
             graphs=graphs,
             runs_ahead=runs_ahead,
         )
-    _log_memory(device, found.num_bytes, plan.num_bytes)
-    return runner, replace(_facts(found, kernels, plan, kv_dtype), weights=weights_facts)
+    return runner, _facts(found, kernels, plan, kv_dtype)
 
 
 def _check_cache(kv_dtype: torch.dtype, device: torch.device) -> None:
@@ -131,64 +146,6 @@ def _graphs_for(
     from .cuda_graphs import CudaGraphs
 
     return CudaGraphs(device)
-
-
-def _weights(
-    found: FoundWeights, device: torch.device, dtype: torch.dtype, report: BootReport
-) -> tuple[ModelWeights, WeightsFacts]:
-    total, layout = found.num_bytes, found.target.layout
-    report("load_weights", 0, total, found.origin)
-    if found.leased is not None and found.reader is not None:
-        arena, facts = _copied(found, found.leased, found.reader, device, report)
-        weights = assemble(found.model, layout, lambda recipe: arena.tensor(recipe.name))
-    elif found.leased is not None:
-        mapped = MappedArena(found.leased.arena)
-        weights = assemble(found.model, layout, lambda recipe: mapped.tensor(recipe.name))
-        facts = WeightsFacts("artefact", mapped_bytes=total)
-    else:
-        began_s = time.monotonic()
-        prepared = Preparer(
-            MappedWeights(found.manifest),
-            device,
-            dtype,
-            lambda done: report("load_weights", done, total, found.origin),
-            biases=expected_tensors(found.model),
-        )
-        weights = assemble(found.model, layout, prepared)
-        facts = prepared.facts(time.monotonic() - began_s)
-    report("load_weights", total, total, found.origin)
-    return weights, facts
-
-
-def _copied(
-    found: FoundWeights,
-    leased: LeasedArena,
-    reader: Reader,
-    device: torch.device,
-    report: BootReport,
-) -> tuple[DeviceArena, WeightsFacts]:
-    """The artefact in the device's memory. Raises BadArtefact, and nobody finds it again."""
-    from ...weights_cache.stream.copiers import copier_for
-    from ...weights_cache.stream.device import DeviceArena
-
-    total = found.num_bytes
-    try:
-        arena = DeviceArena(
-            leased.arena,
-            reader,
-            copier_for(device),
-            lambda done: report("load_weights", done, total, found.origin),
-            verifies=found.verify != "off",
-        )
-    except BadArtefact:
-        leased.condemn()
-        raise
-    return arena, WeightsFacts(
-        "artefact",
-        copied_bytes=total,
-        verified_bytes=total if found.verify != "off" else 0,
-        copy_bytes_per_s=total / arena.copied_s,
-    )
 
 
 def checked_device(name: str) -> torch.device:

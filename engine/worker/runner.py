@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,19 +21,26 @@ class Flight:
     """A step that was started: its tokens are on their way to the host."""
 
     def __init__(
-        self, tables: SlotTables, inputs: StepInputs, samples: Samples, staging: Staging
+        self,
+        tables: SlotTables,
+        inputs: StepInputs,
+        fetched: Callable[[], StepResult],
+        is_awaited: bool,
     ) -> None:
         self._tables = tables
+        self._is_awaited = is_awaited
+        """Another step may start before this one lands, and computes its tokens unseen."""
         self._slots, self._lengths = inputs.slots, inputs.lengths
-        self._fetched = samples.fetch(staging.fetch)
+        self._fetched = fetched
         self._result: StepResult | None = None
-        tables.await_tokens(inputs.slots)
 
     def land(self) -> StepResult:
         """Waits for the step, and for nothing that was started after it."""
         if self._result is None:
             self._result = self._fetched()
-            self._tables.take_tokens(self._slots, self._lengths, self._result.token_ids)
+            self._tables.token_ids[self._slots, self._lengths] = self._result.token_ids
+            if self._is_awaited:
+                self._tables.end_waiting(self._slots)
         return self._result
 
 
@@ -83,11 +92,17 @@ class Runner:
         samples = self._sampled(inputs)
         if self._runs_ahead:
             self._inputs.keep_newest(inputs, samples.token_ids)
-        self._last = Flight(self._tables, inputs, samples, self._staging)
+            self._tables.await_tokens(inputs.slots)
+        # Without a step ahead nothing overwrites them before they are read.
+        fetch = self._staging.fetch if self._runs_ahead else _as_it_is
+        self._last = Flight(self._tables, inputs, samples.fetch(fetch), self._runs_ahead)
         return self._last
 
     def _sampled(self, inputs: StepInputs) -> Samples:
-        logits, best = (t[: len(inputs.slots)] for t in self._decodes.run(inputs))
+        logits, best = self._decodes.run(inputs)
+        num_sampled = len(inputs.slots)
+        if len(best) > num_sampled:  # filled up
+            logits, best = logits[:num_sampled], best[:num_sampled]
         if self._tables.takes_best[inputs.slots].all():
             return Samples(best, None)
         if self._last is not None and self._tables.reads_tokens[inputs.slots].any():
@@ -110,3 +125,7 @@ class Runner:
         hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
         logits = self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])
         return logits, self._model.greedy(logits)
+
+
+def _as_it_is(computed: Tensor) -> Callable[[], Tensor]:
+    return lambda: computed

@@ -73,9 +73,7 @@ class SlotTables:
     def await_tokens(self, slots: np.ndarray) -> None:
         self.num_awaited[slots] += 1
 
-    def take_tokens(self, slots: np.ndarray, lengths: np.ndarray, token_ids: list[int]) -> None:
-        """What was sampled after `lengths` tokens of each slot has arrived on the host."""
-        self.token_ids[slots, lengths] = token_ids
+    def end_waiting(self, slots: np.ndarray) -> None:
         self.num_awaited[slots] -= 1
 
     def _grow(self, growth: Growth) -> None:

@@ -123,17 +123,15 @@ def _attend(
     block_tables, query_start, context_lens,
     scale, q_stride, k_block_stride, v_block_stride, k_scale_stride, v_scale_stride, table_stride,
     num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
-    split_keys,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    split_keys, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_SCALES: tl.constexpr, STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = _sequence_of(block, query_start, num_seqs, QUERIES, STEPS)
-    begin, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
+    begin = tl.load(query_start + sequence)
     first_query = (block - (begin // QUERIES + sequence)) * QUERIES
-    num_queries = end - begin
-    context = tl.load(context_lens + sequence)
+    num_queries = tl.load(query_start + sequence + 1) - begin
     if first_query < num_queries:
         rows, dims = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         query = first_query + rows // GROUP
@@ -143,12 +141,12 @@ def _attend(
         token = (begin + query).to(tl.int64)
         places = token[:, None] * q_stride + head[:, None] * head_dim + dims[None, :]
         queries = tl.load(q + places, mask=inside, other=0.0)
-        position = context - num_queries + query
-        last = tl.minimum(first_query + QUERIES, num_queries) - 1
-        end_key = context - num_queries + last + 1
+        num_before = tl.load(context_lens + sequence) - num_queries
+        position = num_before + query
         first_key = 0
         if sliding_window > 0:
-            first_key = tl.maximum(0, context - num_queries + first_query - sliding_window + 1)
+            first_key = tl.maximum(0, num_before + first_query - sliding_window + 1)
+        end_key = num_before + tl.minimum(first_query + QUERIES, num_queries)
         if IS_SPLIT:
             first_key = tl.maximum(first_key, split * split_keys)
             end_key = tl.minimum(end_key, (split + 1) * split_keys)
@@ -167,19 +165,14 @@ def _attend(
             visible = is_key[None, :] & (keys[None, :] <= position[:, None])
             if sliding_window > 0:
                 visible = visible & (keys[None, :] > position[:, None] - sliding_window)
-            scores = tl.dot(queries, k, input_precision=PRECISION) * scale
-            v_scale = 1.0
-            if HAS_SCALES:
-                k_scale = tl.load(k_scales + cell * k_scale_stride + within, mask=is_key, other=0.0)
-                scores = scores * k_scale[None, :]
-                v_scale = tl.load(v_scales + cell * v_scale_stride + within, mask=is_key, other=0.0)
-                v_scale = v_scale[None, :]
+            k_scale = _factors(k_scales + cell * k_scale_stride + within, is_key, HAS_SCALES)
+            v_scale = _factors(v_scales + cell * v_scale_stride + within, is_key, HAS_SCALES)
+            scores = tl.dot(queries, k, input_precision=PRECISION) * scale * k_scale
             scores = tl.where(visible, scores, float("-inf"))
             most, total, sums = _weigh(scores, v, v_scale, most, total, sums, PRECISION)
         if IS_SPLIT:
-            cell = (split.to(tl.int64) * num_tokens + token) * num_heads + head
-            at = partial + cell * (head_dim + 2)
-            _keep(at, sums, most, total, head_dim, dims, is_row, inside)
+            cell = ((split.to(tl.int64) * num_tokens + token) * num_heads + head) * (head_dim + 2)
+            _keep(partial + cell, sums, most, total, head_dim, dims, is_row, inside)
         else:
             # Rows that are no queries have seen nothing; they are not stored.
             result = sums / tl.where(is_row, total, 1.0)[:, None]
@@ -191,6 +184,14 @@ def _attend(
 def _load(at, inside, dtype: tl.constexpr):
     """Zeros outside. One byte, of int8 or fp8, is exact in any of the queries' dtypes."""
     return tl.where(inside, tl.load(at, mask=inside).to(dtype), 0.0)
+
+
+@triton.jit
+def _factors(at, is_key, HAS_SCALES: tl.constexpr):
+    factors = 1.0
+    if HAS_SCALES:
+        factors = tl.load(at, mask=is_key, other=0.0)[None, :]
+    return factors
 
 
 @triton.jit

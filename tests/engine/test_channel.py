@@ -12,7 +12,6 @@ from pilotlight.engine.errors import EngineError
 from pilotlight.engine.messages import (
     Abort,
     Boot,
-    EngineStatistics,
     FinishReason,
     Output,
     StepRecord,
@@ -46,7 +45,7 @@ def test_any_cut_gives_the_same_messages(sizes: list[int]) -> None:
 
 def test_a_step_record_survives_whole() -> None:
     output = Output("a", 1, [7], FinishReason.STOP, 7, 4, [-0.5], [[TopLogprob(7, -0.5)]], 1.5)
-    record = StepRecord(3, [output], EngineStatistics(num_running=2), 1.0, 0.5, 9)
+    record = StepRecord(3, [output], 1.0, 0.5, 9)
     assert list(front_reader().feed(frame(record))) == [record]
 
 

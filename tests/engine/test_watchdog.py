@@ -50,7 +50,7 @@ def test_a_finished_step_is_progress() -> None:
     watchdog = _watchdog()
     watchdog.hear(_beat(1, 1, 1), 1.0)
     for now_s in range(1, 60):
-        watchdog.hear(StepRecord(1, [], EngineStatistics(), 0.0, 0.0, 1), float(now_s))
+        watchdog.hear(StepRecord(1, [], 0.0, 0.0, 1), float(now_s))
         assert watchdog.stall_reason(float(now_s)) == ""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from pilotlight.engine.messages import EngineStatistics, Output, StepRecord
+from pilotlight.engine.messages import Output, StepRecord
 from pilotlight.engine.status import EngineState
 from pilotlight.proto import inference_pb2 as pb
 from pilotlight.server.admission import BYTES_PER_TOKEN, Admission, Pace
@@ -183,7 +183,7 @@ async def test_text_counts_by_its_bytes_until_its_tokens_are_known(text: str) ->
 
 
 def _prefill(num_tokens: int, duration_s: float) -> StepRecord:
-    return StepRecord(1, [], EngineStatistics(), 0.0, duration_s, num_tokens)
+    return StepRecord(1, [], 0.0, duration_s, num_tokens)
 
 
 async def _say_prefill(s: Served, num_tokens: int, duration_s: float) -> None:
@@ -219,7 +219,7 @@ def test_the_pace_is_that_of_steps_with_prompts() -> None:
     pace = Pace()
     assert pace.seconds_for(1000) == 0.0, "nothing is known"
     decodes = [Output(f"r{i}", 0, [1]) for i in range(4)]
-    pace.hear(StepRecord(1, decodes, EngineStatistics(), 0.0, 1.0, 4))
+    pace.hear(StepRecord(1, decodes, 0.0, 1.0, 4))
     assert pace.tokens_per_s == 0.0, "decodes alone say little"
     pace.hear(_prefill(100, 1.0))
     assert pace.seconds_for(200) == 2.0

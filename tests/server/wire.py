@@ -16,7 +16,6 @@ from typing import Any
 import grpc.aio
 import pytest
 from pilotlight.engine.messages import (
-    EngineStatistics,
     FinishReason,
     Output,
     StepRecord,
@@ -151,7 +150,7 @@ async def submitted(s: Served, request_id: str) -> Submit:
 
 def say(s: Served, *outputs: Output) -> None:
     """One step record of the newest engine, with these outputs."""
-    s.engine.link.say(StepRecord(1, list(outputs), EngineStatistics(), 0.0, 0.0, len(outputs)))
+    s.engine.link.say(StepRecord(1, list(outputs), 0.0, 0.0, len(outputs)))
 
 
 def gained(

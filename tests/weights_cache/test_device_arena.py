@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,10 @@ class LateCopier:
 
 def _filled(arena: Arena, copier: Copier, slots: int = 2, **more: object) -> DeviceArena:
     reader = start_reader(arena, Ring(slots, arena.header.chunk_bytes), num_threads=3)
-    return DeviceArena(arena, reader, copier, **more)  # type: ignore[arg-type]
+    on_bytes = more.pop("on_bytes", lambda _num_done: None)
+    found = DeviceArena(arena, reader, copier, **more)  # type: ignore[arg-type]
+    found.finish(on_bytes)  # type: ignore[arg-type]
+    return found
 
 
 def _assert_equal(arena: Arena, found: DeviceArena) -> None:
@@ -134,8 +138,40 @@ def test_a_device_that_fails_ends_the_reading(path: Path) -> None:
     with read_arena(path) as arena:
         readers.append(start_reader(arena, Ring(2, CHUNK_BYTES)))
         with pytest.raises(RuntimeError, match="illegal"):
-            DeviceArena(arena, readers[0], Broken())
+            DeviceArena(arena, readers[0], Broken()).finish()
         assert readers[0].take() is None
+
+
+def test_addresses_are_there_before_the_bytes(path: Path) -> None:
+    """What is captured over them meanwhile sees the weights when they have come."""
+
+    class Held(HostCopier):
+        may_go = threading.Event()
+
+        def copy(self, start: int, num_bytes: int, offset: int) -> Fence:
+            assert self.may_go.wait(60)
+            return super().copy(start, num_bytes, offset)
+
+    with read_arena(path) as arena:
+        reader = start_reader(arena, Ring(2, CHUNK_BYTES))
+        found = DeviceArena(arena, reader, Held())
+        views = {name: found.tensor(name) for name in arena.tensors}
+        addresses = {name: view.data_ptr() for name, view in views.items()}
+        Held.may_go.set()
+        found.finish()
+        _assert_equal(arena, found)
+        assert addresses == {name: found.tensor(name).data_ptr() for name in arena.tensors}
+        mapped = MappedArena(arena)
+        assert all(torch.equal(views[name], mapped.tensor(name)) for name in views)
+
+
+def test_what_is_abandoned_is_not_written_any_more(path: Path) -> None:
+    with read_arena(path) as arena:
+        reader = start_reader(arena, Ring(2, CHUNK_BYTES))
+        found = DeviceArena(arena, reader, HostCopier())
+        found.abandon()
+        assert reader.take() is None
+        assert not any(thread.name.startswith("copy-") for thread in threading.enumerate())
 
 
 @pytest.mark.gpu

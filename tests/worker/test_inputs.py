@@ -40,21 +40,21 @@ class Worker:
     def __init__(self, seed: int = 0) -> None:
         self._dice = random.Random(seed)
         self._tables = SlotTables(NUM_SLOTS, CONTEXT_LEN, BLOCK_SIZE)
-        self._buffers = InputBuffers(
+        self.buffers = InputBuffers(
             self._tables, MAX_NUM_TOKENS, NUM_SLOTS + 4, BLOCK_SIZE, OneMemory()
         )
         self._tokens: dict[int, list[int]] = {}
-        self._blocks: dict[int, list[int]] = {}
+        self.blocks: dict[int, list[int]] = {}
 
     def admission(self, slot: int, num_tokens: int) -> Admission:
         self._tokens[slot] = [self._dice.randrange(500) for _ in range(num_tokens)]
-        self._blocks[slot] = []
+        self.blocks[slot] = []
         return Admission(slot, self._tokens[slot], num_tokens, SamplingParams(), 0, ())
 
     def growth(self, slot: int, num_blocks: int) -> Growth:
-        first = len(self._blocks[slot])
+        first = len(self.blocks[slot])
         block_ids = [self._dice.randrange(1000) for _ in range(num_blocks)]
-        self._blocks[slot] += block_ids
+        self.blocks[slot] += block_ids
         return Growth(slot, first, block_ids)
 
     def draft(self, slot: int, num_tokens: int) -> Draft:
@@ -65,21 +65,21 @@ class Worker:
 
     def check(self, step: Step) -> None:
         self._tables.apply(step)
-        inputs = self._buffers.fill(step)
+        inputs = self.buffers.fill(step)
         expected = self._expected(step)
         self._check_tokens(inputs, expected)
         tables = inputs.batch.block_tables.tolist()
         rows = zip(expected.table_slots, expected.context_lens, tables, strict=True)
         for slot, context_len, table in rows:
             num_blocks = -(-context_len // BLOCK_SIZE)
-            assert table[:num_blocks] == self._blocks[slot][:num_blocks]
+            assert table[:num_blocks] == self.blocks[slot][:num_blocks]
 
     def _expected(self, step: Step) -> Expected:
         expected = Expected()
         for row in step.rows:
             end = row.start + row.num_tokens
             for position in range(row.start, end):
-                block_id = self._blocks[row.slot][position // BLOCK_SIZE]
+                block_id = self.blocks[row.slot][position // BLOCK_SIZE]
                 expected.token_ids.append(self._tokens[row.slot][position])
                 expected.positions.append(position)
                 expected.cells.append(block_id * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -164,3 +164,28 @@ def test_random_steps(seed: int) -> None:
             start = dice.randrange(length)
             step.rows.append(Row(slot, start, dice.randint(1, length - start), dice.randint(0, 1)))
         worker.check(step)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_decodes_that_go_on(seed: int) -> None:
+    """Step after step; now and then one leaves or comes, guesses, or a graph is captured."""
+    worker, dice = Worker(seed), random.Random(seed)
+    starts: dict[int, int] = {}
+    for index in range(40):
+        step = Step(index)
+        if starts and dice.random() < 0.1:
+            del starts[dice.choice(list(starts))]
+        if len(starts) < 4 and dice.random() < 0.3:
+            slot = dice.choice([s for s in range(NUM_SLOTS) if s not in starts])
+            step.admitted = [worker.admission(slot, CONTEXT_LEN)]
+            starts[slot] = dice.randrange(8)
+            step.grown = [worker.growth(slot, 2)]
+        for slot, start in starts.items():
+            if start // BLOCK_SIZE >= len(worker.blocks[slot]):
+                step.grown.append(worker.growth(slot, 1))
+            step.rows.append(Row(slot, start, 1, 1))
+        starts = {slot: start + 1 for slot, start in starts.items() if start + 2 < CONTEXT_LEN}
+        if dice.random() < 0.1:
+            worker.buffers.blank(2)
+        if step.rows:
+            worker.check(step)

@@ -47,22 +47,33 @@ class Copier(Protocol):
 
 
 class DeviceArena:
-    """Filled once, immovable from then on: `tensor` gives views."""
+    """Immovable from the start, filled once: `tensor` gives views, good when `finish` returns."""
 
     def __init__(
         self,
         arena: Arena,
         reader: Reader,
         copier: Copier,
-        on_bytes: Callable[[int], None] = lambda _num_done: None,
         verifies: bool = True,
     ) -> None:
-        """Returns when every byte is there. Raises BadArtefact; then nothing of it is left."""
+        """Begins to fill it, on threads of its own: the addresses are there, the bytes will be."""
         self._arena = arena
-        began_s = time.monotonic()
-        with_copier = _Filling(arena, reader, copier, on_bytes, verifies)
-        self._memory = with_copier.run()
-        self.copied_s = time.monotonic() - began_s
+        self._began_s = time.monotonic()
+        self._filling = _Filling(arena, reader, copier, verifies)
+        self._memory = self._filling.start()
+        self.copied_s = 0.0
+
+    def finish(self, on_bytes: Callable[[int], None] = lambda _num_done: None) -> None:
+        """Returns when every byte is there. Raises BadArtefact: then what is there is not good.
+
+        `on_bytes` is told how many are, again and again.
+        """
+        self._filling.finish(on_bytes)
+        self.copied_s = self._filling.ended_s - self._began_s
+
+    def abandon(self) -> None:
+        """Nothing is written any more."""
+        self._filling.abandon()
 
     def tensor(self, name: str) -> torch.Tensor:
         stored = self._arena.tensors[name]
@@ -78,38 +89,53 @@ class _Filling:
         arena: Arena,
         reader: Reader,
         copier: Copier,
-        on_bytes: Callable[[int], None],
         verifies: bool,
     ) -> None:
         self._arena = arena
         self._reader = reader
         self._copier = copier
-        self._on_bytes = on_bytes
         self._verifies = verifies
         self._lock = threading.Lock()
         self._num_bytes = 0
+        self._on_bytes: Callable[[int], None] = lambda _num_done: None
+        self.ended_s = 0.0
+        self._is_over = False
         self._error: BaseException | None = None
         self._copying: queue.SimpleQueue[tuple[Fence, Filled] | None] = queue.SimpleQueue()
 
-    def run(self) -> torch.Tensor:
+    def start(self) -> torch.Tensor:
         with torch.inference_mode(False):  # other threads write to it
             memory = self._copier.open(self._reader.ring, self._arena.num_bytes)
-        freeing = threading.Thread(target=self._free_slots, name="free-slots", daemon=True)
-        workers = [
+        self._freeing = threading.Thread(target=self._free_slots, name="free-slots", daemon=True)
+        self._workers = [
             threading.Thread(target=self._work, name=f"copy-{i}", daemon=True)
             for i in range(NUM_WORKERS)
         ]
-        for thread in (freeing, *workers):
+        for thread in (self._freeing, *self._workers):
             thread.start()
-        for worker in workers:
-            worker.join()
-        self._copying.put(None)
-        freeing.join()
-        self._copier.close()
-        self._reader.close()
+        return memory
+
+    def finish(self, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes = on_bytes
+        self._join()
+        on_bytes(self._num_bytes)
         if self._error is not None:
             raise self._error
-        return memory
+
+    def abandon(self) -> None:
+        self._reader.close()
+        self._join()
+
+    def _join(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        for worker in self._workers:
+            worker.join()
+        self._copying.put(None)
+        self._freeing.join()
+        self._copier.close()
+        self._reader.close()
 
     def _work(self) -> None:
         try:
@@ -140,6 +166,7 @@ class _Filling:
                 self._reader.release(filled.slot)
                 self._num_bytes += filled.num_bytes
                 self._on_bytes(self._num_bytes)
+            self.ended_s = time.monotonic()
         except BaseException as error:
             self._fail(error)
 
