@@ -37,7 +37,7 @@ def _other_value(option: Option) -> Any:
         case int():
             return default + 1
         case float():
-            return default + 0.5
+            return default + 0.5 if default + 0.5 <= option.high else default / 2
     return "other"
 
 
