@@ -28,6 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_bytes: int = 0
     """The same in bytes; 0: as the fraction says."""
     block_size: int = 16
+    attention: str = "auto"
+    """Where attention is taken from, of the folders in kernels/; auto: the first that can."""
     deterministic: bool = False
     """A request's tokens are the same whatever else runs."""
     prefix_cache: bool = True

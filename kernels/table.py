@@ -24,7 +24,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rope_store_kv": ("triton", "cpu", "reference"),
     "rope_store_kv_int8": ("triton", "cpu", "reference"),
     "silu_mul": ("triton", "cpu", "reference"),
-    "paged_attention": ("invariant", "triton", "cpu", "reference"),
+    "paged_attention": ("invariant", "flash", "triton", "cpu", "reference"),
     "paged_attention_int8": ("invariant", "triton", "cpu", "reference"),
     "linear": ("invariant", "cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
@@ -35,10 +35,12 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 """Folders of this package; the module in each has the name of the operation."""
 
+ATTENTION = ("paged_attention", "paged_attention_int8")
+
 INVARIANT = "invariant"
 """Taken only where a row must not depend on what is beside it; on a CPU all of `cpu` are such."""
 
-DEVICES = {"invariant": "cuda", "triton": "cuda", "cpu": "cpu"}
+DEVICES = {"invariant": "cuda", "flash": "cuda", "triton": "cuda", "cpu": "cpu"}
 """Of a folder: for other devices its modules, and what they need, are not even imported."""
 
 
@@ -91,16 +93,32 @@ def implementations(op: str) -> list[Implementation]:
     return [Implementation(op, name) for name in TABLE[op]]
 
 
-def bind(device: torch.device, dtype: torch.dtype, is_invariant: bool = False) -> Kernels:
+def bind(
+    device: torch.device, dtype: torch.dtype, is_invariant: bool = False, attention: str = "auto"
+) -> Kernels:
     """Choose for `device` and `dtype`. Arguments that the choice does not accept go to the next.
+
+    `attention` names the folder that attention is taken from; ValueError where it cannot be.
 
     Native code uses as many threads as torch does at this moment.
     """
     native.set_num_threads(torch.get_num_threads())
     left_out = "" if is_invariant else INVARIANT
     usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
+    if attention != "auto":
+        usable |= {op: _from_folder(attention, usable[op]) for op in ATTENTION}
     functions = {op: _chained(ordered) for op, ordered in usable.items()}
     return Kernels(**functions, choices={op: ordered[0].name for op, ordered in usable.items()})
+
+
+def _from_folder(name: str, usable: list[Implementation]) -> list[Implementation]:
+    """From that one on; where only another operation of attention has it, all of them."""
+    names = [i.name for i in usable]
+    if name in names:
+        return usable[names.index(name) :]
+    if any(name in TABLE[op] for op in ATTENTION) and usable[0].op != ATTENTION[0]:
+        return usable
+    raise ValueError(f"{name} cannot be used here; what can: {', '.join(names)}")
 
 
 def _usable(op: str, device: torch.device, dtype: torch.dtype) -> list[Implementation]:

@@ -51,6 +51,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_fraction: float = 0.9
     gpu_memory_bytes: int = 0
     block_size: int = 16
+    attention: str = "auto"
     deterministic: bool = False
     prefix_cache: bool = True
     speculative: str = "auto"
@@ -81,6 +82,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             gpu_memory_fraction=self.gpu_memory_fraction,
             gpu_memory_bytes=self.gpu_memory_bytes,
             block_size=self.block_size,
+            attention=self.attention,
             deterministic=self.deterministic,
             prefix_cache=self.prefix_cache,
             speculative=self.speculative,

@@ -141,6 +141,13 @@ OPTIONS = (
         "block_size", "capacity", "tokens in one block of the KV cache", "TOKENS", low=1, high=1024
     ),
     Option(
+        "attention",
+        "capacity",
+        "whose attention: auto: the first of these that can be used (`pilotlight doctor` says "
+        "which); flash: flash-attn, if it is installed; triton; cpu; reference: PyTorch, slow",
+        choices=("auto", "flash", "triton", "cpu", "reference"),
+    ),
+    Option(
         "deterministic",
         "capacity",
         "the same request, the same tokens, whatever else runs: prompts are computed in rows of "

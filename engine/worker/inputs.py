@@ -7,7 +7,7 @@ graph captured over them can be replayed for any later step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -132,8 +132,11 @@ class InputBuffers:
             blocks = self._tables.block_ids[slots[begins_block], index]
             self._block_tables.host[begins_block, index] = blocks
         num_awaiting = self._find_awaited(slots)
-        num_all = len(last.token_ids)
-        inputs = self._staged(num_all, num_all, slots, last.lengths + 1, is_decode=True)
+        lengths, num_all = last.lengths + 1, len(last.token_ids)
+        if self._staging.copies:
+            inputs = self._staged(num_all, num_all, slots, lengths, is_decode=True)
+        else:
+            inputs = replace(last, lengths=lengths)
         self._put_newest(inputs.token_ids[:num_awaiting])
         self._last = inputs
         return inputs

@@ -80,7 +80,10 @@ def _made_ready(
     """Everything but the weights' values: graphs hold addresses, and are captured meanwhile."""
     model, dtype = found.model, DTYPES[found.target.dtype]
     report("bind_kernels", 0, 0, f"{device.type}, {found.target.dtype}")
-    kernels = bind(device, dtype, config.deterministic)
+    try:
+        kernels = bind(device, dtype, config.deterministic, config.attention)
+    except ValueError as error:
+        raise ConfigError(f"attention is {config.attention!r}: {error}") from error
     kv_dtype = cache_dtype(config, dtype)
     _check_cache(kv_dtype, device)
     graphs = _graphs_for(device, kernels, kv_dtype)

@@ -122,12 +122,12 @@ class Sampler:
         num_prompt = int(self._tables.num_prompt_tokens[slot])
         known = torch.from_numpy(self._tables.token_ids[slot, :length]).long().to(device)
         if sampling.repetition_penalty != 1.0:
-            ids = known.unique()
             penalty = sampling.repetition_penalty
-            row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+            punished = torch.where(row > 0, row / penalty, row * penalty)
+            row.copy_(torch.where(_counts(known, row) > 0, punished, row))
         if sampling.presence_penalty or sampling.frequency_penalty:
-            ids, counts = known[num_prompt:].unique(return_counts=True)
-            row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+            counts = _counts(known[num_prompt:], row)
+            row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
         if length - num_prompt < sampling.min_tokens:
             row[list(self._tables.stop_ids[slot])] = -torch.inf
 
@@ -146,7 +146,9 @@ class Sampler:
             probabilities = torch.softmax(_rows(logits, free), -1)
             token_ids[free] = _inverse_cdf(probabilities, uniform[free])
         if len(cut):
-            token_ids[cut] = self._draw_cut(_rows(logits, cut), uniform[cut], slots[cut], SIZES)
+            # To look at more where few were too few, the host must know: on a device it never asks.
+            sizes = SIZES if logits.device.type == "cpu" else SIZES[-1:]
+            token_ids[cut] = self._draw_cut(_rows(logits, cut), uniform[cut], slots[cut], sizes)
         return token_ids
 
     def _uniform(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -177,8 +179,10 @@ class Sampler:
         token_ids = ids.gather(-1, _inverse_cdf(p * kept, uniform)[:, None]).squeeze(-1)
         # A cut is decided when it fell before the last candidate and top-k's own mass is known.
         is_open = (kept[:, -1:] & (top_k != num_candidates)) | (top_k > num_candidates)
+        if num_candidates == logits.shape[-1]:
+            return token_ids
         undecided = np.flatnonzero(is_open[:, 0].cpu().numpy())
-        if len(undecided) and num_candidates < logits.shape[-1]:
+        if len(undecided):
             token_ids[undecided] = self._draw_cut(
                 logits[undecided], uniform[undecided], slots[undecided], larger
             )
@@ -234,6 +238,12 @@ def _crossing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.minimum(index, last)
     rest = target - (cumulative - weights).gather(-1, index)
     return index.squeeze(-1), rest
+
+
+def _counts(token_ids: Tensor, row: Tensor) -> Tensor:
+    """How often each token of `row`'s vocabulary occurs. Of a fixed size: nothing waits for it."""
+    counts = torch.zeros_like(row)
+    return counts.scatter_add_(0, token_ids, torch.ones_like(token_ids, dtype=row.dtype))
 
 
 def _log_total(logits: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 
 class Staging(Protocol):
+    copies: bool
+    """Whether the device has memory of its own."""
+
     def host(self, shape: tuple[int, ...]) -> Tensor:
         """Zeroed int32 that this device can copy from without waiting for it."""
         ...
@@ -45,6 +48,8 @@ class Staging(Protocol):
 class OneMemory:
     """A CPU: host arrays are what is computed on."""
 
+    copies = False
+
     def host(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
@@ -67,6 +72,8 @@ class OneMemory:
 
 class PinnedCopies:
     """A CUDA device: page-locked arrays, copied on the stream that computes."""
+
+    copies = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

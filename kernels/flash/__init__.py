@@ -1,0 +1,1 @@
+"""Attention of the flash-attn package, where it is installed beside torch."""
