@@ -6,6 +6,7 @@ The cache is so small that sequences are preempted, and steps so small that prom
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +16,9 @@ from pilotlight.bench.make_model import write_model
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.messages import FinishReason, Submit
 from pilotlight.engine.sampling_params import SamplingParams
+from pilotlight.engine.worker import load
 from pilotlight.tests.models.checkpoints import fp32_engine, greedy, prompt_of, run_until_idle
+from pilotlight.tests.worker.fake_device import FakeGraphs
 
 CONTEXT_LEN = 56
 MAX_PROMPT_LEN = 24
@@ -83,13 +86,26 @@ class Trace:
     params=[
         ("auto", "off", "off"),
         ("auto", "off", "on"),
+        ("auto", "off", "on, in graphs"),
         ("auto", "ngram", "off"),
         ("int8", "ngram", "off"),
     ],
     ids="-".join,
 )
-def core(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> EngineCore:
+def core(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[EngineCore]:
     kv_cache_dtype, speculative, overlap = request.param
+    overlap, _, in_graphs = overlap.partition(", ")
+    with pytest.MonkeyPatch.context() as patch:
+        if in_graphs:
+            patch.setattr(load, "_graphs_for", lambda device, kernels, kv_dtype: FakeGraphs())
+        yield _engine(tmp_path_factory, kv_cache_dtype, speculative, overlap)
+
+
+def _engine(
+    tmp_path_factory: pytest.TempPathFactory, kv_cache_dtype: str, speculative: str, overlap: str
+) -> EngineCore:
     folder = write_model("tiny-mistral", tmp_path_factory.mktemp("model"))
     return fp32_engine(
         folder,
