@@ -107,9 +107,10 @@ class Sampler:
         if len(drawn) == 0:
             return logits.argmax(-1)
         token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
-        token_ids[drawn] = self._draw(_rows(logits, drawn), slots[drawn], lengths[drawn])
+        tokens = self._draw(_rows(logits, drawn), slots[drawn], lengths[drawn])
+        token_ids[moved(drawn, logits.device)] = tokens
         if len(greedy):
-            token_ids[greedy] = logits[greedy].argmax(-1)
+            token_ids[moved(greedy, logits.device)] = _rows(logits, greedy).argmax(-1)
         return token_ids
 
     # ---- logits that one request changes -----------------------------------------------------
@@ -117,10 +118,10 @@ class Sampler:
     def _adjust(self, row: Tensor, slot: int, length: int) -> None:
         sampling, device = self._tables.sampling[slot], row.device
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=device)
-            row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device)
+            ids = moved(np.array(list(sampling.logit_bias)), device)
+            row[ids] += moved(np.array(list(sampling.logit_bias.values())), device, row.dtype)
         num_prompt = int(self._tables.num_prompt_tokens[slot])
-        known = torch.from_numpy(self._tables.token_ids[slot, :length]).long().to(device)
+        known = moved(self._tables.token_ids[slot, :length], device, torch.int64)
         if sampling.repetition_penalty != 1.0:
             penalty = sampling.repetition_penalty
             punished = torch.where(row > 0, row / penalty, row * penalty)
@@ -129,7 +130,8 @@ class Sampler:
             counts = _counts(known[num_prompt:], row)
             row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
         if length - num_prompt < sampling.min_tokens:
-            row[list(self._tables.stop_ids[slot])] = -torch.inf
+            stop_ids = np.array(self._tables.stop_ids[slot], dtype=np.int64)
+            row.index_fill_(0, moved(stop_ids, device), -torch.inf)
 
     # ---- the draw ----------------------------------------------------------------------------
 
@@ -140,15 +142,18 @@ class Sampler:
         is_filtered = (
             (tables.top_k[slots] > 0) | (tables.top_p[slots] < 1.0) | (tables.min_p[slots] > 0.0)
         )
-        token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+        device = logits.device
+        token_ids = torch.empty(len(slots), dtype=torch.int64, device=device)
         free, cut = np.flatnonzero(~is_filtered), np.flatnonzero(is_filtered)
         if len(free):
             probabilities = torch.softmax(_rows(logits, free), -1)
-            token_ids[free] = _inverse_cdf(probabilities, uniform[free])
+            tokens = _inverse_cdf(probabilities, _rows(uniform, free))
+            token_ids[moved(free, device)] = tokens
         if len(cut):
             # To look at more where few were too few, the host must know: on a device it never asks.
-            sizes = SIZES if logits.device.type == "cpu" else SIZES[-1:]
-            token_ids[cut] = self._draw_cut(_rows(logits, cut), uniform[cut], slots[cut], sizes)
+            sizes = SIZES if device.type == "cpu" else SIZES[-1:]
+            tokens = self._draw_cut(_rows(logits, cut), _rows(uniform, cut), slots[cut], sizes)
+            token_ids[moved(cut, device)] = tokens
         return token_ids
 
     def _uniform(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -254,8 +259,15 @@ def _log_total(logits: Tensor) -> Tensor:
 
 def _rows(logits: Tensor, rows: np.ndarray) -> Tensor:
     """Some rows; all of them without a copy."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits[moved(rows, logits.device)]
 
 
 def _column(values: np.ndarray, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.from_numpy(values).to(like.device, dtype or like.dtype)[:, None]
+    return moved(values, like.device, dtype or like.dtype)[:, None]
+
+
+def moved(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """On the device, without waiting for what that computes: from pageable memory torch would."""
+    host = torch.from_numpy(values)
+    host = host if dtype is None else host.to(dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
