@@ -81,9 +81,12 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Blocks with one reference each and no contents. The caller has checked `num_free`."""
+        """Blocks with one reference each and no contents. The caller has checked `num_free`.
+
+        They ascend: neighbours, read one after the other, then come from memory at a better rate.
+        """
         assert num_blocks <= self.num_free, f"{num_blocks} blocks asked, {self.num_free} free"
-        return [self._allocate_one() for _ in range(num_blocks)]
+        return sorted(self._allocate_one() for _ in range(num_blocks))
 
     def _allocate_one(self) -> int:
         block_id = self._blank.pop() if self._blank else self._evict()
