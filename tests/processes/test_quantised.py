@@ -10,6 +10,8 @@ import pytest
 from pilotlight.server.config import DEMO_MODEL
 from pilotlight.tests.models.quantized_checkpoints import Kind, write
 from pilotlight.tests.processes.server_process import ServerProcess, server_process
+from pilotlight.tests.weights_cache.fake_world import settle
+from pilotlight.weights_cache.store import Store
 
 
 def _tokens(server: ServerProcess) -> list[int]:
@@ -27,6 +29,7 @@ def test_both_boots_give_the_tokens_of_the_floats_that_are_meant(
     with server_process(str(folder), *flags) as first:
         assert _tokens(first) == wanted
         first.wait_log("the artefact is written")
+    settle(Store(tmp_path / "cache"))
     with server_process(str(folder), *flags) as second:
         with urllib.request.urlopen(f"{second.ops}/startup", timeout=20) as response:
             boot = json.load(response)

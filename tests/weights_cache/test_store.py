@@ -18,6 +18,7 @@ from pilotlight.tests.weights_cache.fake_world import (
     contents,
     key_of,
     read_all,
+    settle,
 )
 from pilotlight.weights_cache import checked
 from pilotlight.weights_cache.arena import SECTION_BYTES
@@ -308,13 +309,6 @@ def test_a_plan_is_json(store: Store) -> None:
 
 
 # ---- digests of local files ----------------------------------------------------------------------
-
-
-def settle(store: Store) -> None:
-    """As if every digest had been remembered long after its file was changed."""
-    for path in (store.root / "digests").iterdir():
-        at = path.stat().st_mtime_ns + SETTLE_NS
-        os.utime(path, ns=(at, at))
 
 
 def test_a_digest_is_of_the_file_as_it_is(store: Store, tmp_path: Path) -> None:
