@@ -105,6 +105,8 @@ def bind(
     native.set_num_threads(torch.get_num_threads())
     left_out = "" if is_invariant else INVARIANT
     usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
+    if attention != "auto" and INVARIANT in (i.name for i in usable[ATTENTION[0]]):
+        raise ValueError(f"a row must not depend on others: only {INVARIANT} is such here")
     if attention != "auto":
         usable |= {op: _from_folder(attention, usable[op]) for op in ATTENTION}
     functions = {op: _chained(ordered) for op, ordered in usable.items()}

@@ -112,6 +112,18 @@ def test_it_is_for_devices_and_packages_that_are_there(monkeypatch: pytest.Monke
     assert not flash.supported(CPU, torch.bfloat16)
 
 
+def test_what_depends_on_other_rows_is_not_taken_where_nothing_may() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    cuda = torch.device("cuda")
+    assert table.bind(cuda, torch.bfloat16, attention="triton").choices["linear"] == "reference"
+    invariant = table.bind(cuda, torch.bfloat16, is_invariant=True).choices
+    assert {invariant[op] for op in ("linear", "paged_attention", "quantized_linear")} == {
+        table.INVARIANT
+    }
+    with pytest.raises(ValueError, match="only invariant"):
+        table.bind(cuda, torch.bfloat16, is_invariant=True, attention="triton")
+
+
 def test_attention_is_chosen_by_name() -> None:
     choices = table.bind(CPU, torch.bfloat16, attention="reference").choices
     assert choices["paged_attention"] == choices["paged_attention_int8"] == "reference"
