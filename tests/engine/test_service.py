@@ -82,7 +82,8 @@ NO_TORCH: Any = NoTorch()
 class Models:
     """What `boot` finds: "good" can be loaded, anything else is refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
         self.newest: weakref.ref[EngineCore] | None = None
         self.num_given_back = 0
 
@@ -98,7 +99,8 @@ class Models:
             max_num_seqs=4,
             max_batched_tokens=64,
         )
-        core = EngineCore(scheduler, KvCheckingRunner(NUM_BLOCKS, BLOCK_SIZE, VOCAB_SIZE))
+        runner = KvCheckingRunner(NUM_BLOCKS, BLOCK_SIZE, VOCAB_SIZE)
+        core = EngineCore(scheduler, runner, max_in_flight=self.max_in_flight)
         self.newest = weakref.ref(core)
         no_files: Any = None
         return Booted(
@@ -111,9 +113,9 @@ class Models:
         return self.newest is not None and self.newest() is not None
 
 
-@pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> Models:
-    models = Models()
+@pytest.fixture(params=[1, 2], ids=["one step in flight", "two"])
+def models(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Models:
+    models = Models(request.param)
 
     def count_given_back() -> None:
         models.num_given_back += 1
