@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from pilotlight.engine.core import EngineCore
 from pilotlight.engine.messages import FinishReason, Submit
 from pilotlight.engine.sampling_params import SamplingParams
@@ -15,9 +16,10 @@ NUM_REQUESTS = 10_000
 NUM_BLOCKS = 40
 
 
-def test_ten_thousand_random_cancels_leave_nothing() -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_ten_thousand_random_cancels_leave_nothing(max_in_flight: int) -> None:
     dice = random.Random(0)
-    core = _core()
+    core = _core(max_in_flight)
     endings: Counter[tuple[str, int]] = Counter()
     num_sequences = num_submitted = 0
     live: list[str] = []
@@ -45,7 +47,7 @@ def test_ten_thousand_random_cancels_leave_nothing() -> None:
     assert statistics.num_used_blocks == statistics.num_running == statistics.num_waiting == 0
 
 
-def _core() -> EngineCore:
+def _core(max_in_flight: int) -> EngineCore:
     scheduler = Scheduler(
         num_blocks=NUM_BLOCKS,
         block_size=4,
@@ -54,7 +56,8 @@ def _core() -> EngineCore:
         max_num_seqs=8,
         max_batched_tokens=32,
     )
-    return EngineCore(scheduler, KvCheckingRunner(NUM_BLOCKS, 4), clock=lambda: 0.0)
+    runner = KvCheckingRunner(NUM_BLOCKS, 4)
+    return EngineCore(scheduler, runner, clock=lambda: 0.0, max_in_flight=max_in_flight)
 
 
 def _request(request_id: str, n: int, dice: random.Random) -> Submit:
@@ -64,8 +67,9 @@ def _request(request_id: str, n: int, dice: random.Random) -> Submit:
     return Submit(request_id, prompt, sampling)
 
 
-def test_a_cancel_is_freed_within_two_steps() -> None:
-    core = _core()
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_cancel_is_freed_within_two_steps(max_in_flight: int) -> None:
+    core = _core(max_in_flight)
     dice = random.Random(1)
     for i in range(20):
         core.submit(_request(f"r{i}", 1, dice))
