@@ -8,7 +8,8 @@ so a sequence's tokens depend on its seed and logits alone, never on what else i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,10 @@ from .slots import SlotTables
 SIZES = (256, 8192, sys.maxsize)
 """Most cuts fall inside the best 256 tokens, which are found in one pass; of the rows where they do
 not, more are looked at, and only where these are too few is a vocabulary sorted."""
+
+FEW_LOGITS = 1 << 19
+"""So many are one thread's work: torch's others, when they are done, stay awake for more of it on
+the cores that the next step's kernels want, and cost these up to half of their speed."""
 
 BLOCK = 256
 """Of weights that are summed together, so that a draw adds up blocks and then one block only."""
@@ -87,6 +92,10 @@ class Sampler:
 
     def sample(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Samples:
         """logits: [S, V] fp32, overwritten; slots: [S]; lengths: [S] tokens known so far."""
+        with _threads_for(logits):
+            return self._sample(logits, slots, lengths)
+
+    def _sample(self, logits: Tensor, slots: np.ndarray, lengths: np.ndarray) -> Samples:
         tables = self._tables
         finite = torch.isfinite(logits.sum(-1))
         wants_logprobs = np.flatnonzero(tables.num_logprobs[slots] >= 0)
@@ -207,6 +216,19 @@ class Sampler:
         return Logprobs(rows, num_top, chosen, best_ids, best - total)
 
 
+@contextmanager
+def _threads_for(logits: Tensor) -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    is_one = logits.device.type == "cpu" and logits.numel() <= FEW_LOGITS and num_threads > 1
+    if is_one:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if is_one:
+            torch.set_num_threads(num_threads)
+
+
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """Steele, Lea and Flood 2014: a bijective hash of 64 bits."""
     with np.errstate(over="ignore"):
@@ -237,10 +259,10 @@ def _crossing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The first index [S] at which the sum of weights [S, N] is above target [S, 1], and what is
     left of the target there."""
     cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, target, right=True)
-    # Rounding can push the target to the very end, past the last that has any weight.
-    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1, keepdim=True)
-    index = torch.minimum(index, last)
+    # Rounding can push the target to the very end: it stays below, so that what crosses it weighs.
+    end = cumulative[:, -1:]
+    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
     rest = target - (cumulative - weights).gather(-1, index)
     return index.squeeze(-1), rest
 

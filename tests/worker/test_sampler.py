@@ -179,3 +179,32 @@ def test_a_row_that_is_not_finite_costs_only_itself(
     del result.token_ids[2], expected.token_ids[2], result.logprobs[2], expected.logprobs[2]
     assert result == expected
     assert min(expected.token_ids) >= 0
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_rows", "num_threads"), [(1, 1), (40, 2)])
+def test_few_rows_are_one_threads_work(
+    num_rows: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's other threads would wait for more on the cores of the next step's kernels."""
+    bench = SlotBench(num_rows)
+    for slot in range(num_rows):
+        bench.admit(slot, SamplingParams(seed=slot))
+    seen: list[int] = []
+    softmax = torch.softmax
+
+    def noted(*arguments: Tensor | int) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return softmax(*arguments)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(torch, "softmax", noted)
+        bench.sample(normal_logits(num_rows, 32_000))
+        assert seen == [num_threads]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
