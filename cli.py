@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,11 +67,23 @@ def main(argv: list[str] | None = None) -> int:
             spawned.discard()
 
 
+def _unknown(rest: list[str], words: list[str]) -> str:
+    """What was not understood, what may have been meant, and where it all stands."""
+    from .server.options import OPTIONS
+
+    command = next(word for word in words if not word.startswith("-"))
+    flags = [option.flag for option in OPTIONS] if command == "serve" else []
+    near = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown: {' '.join(rest)}; {hint}`pilotlight {command} --help` explains all"
+
+
 def _run(words: list[str], spawned: Any) -> int:
     top = parser()
     arguments, rest = top.parse_known_args(words)
     if rest and arguments.command not in (_bench, _quantize):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        print(f"pilotlight: {_unknown(rest, words)}", file=sys.stderr)
+        raise SystemExit(2)
     arguments.rest, arguments.spawned = rest, spawned
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:

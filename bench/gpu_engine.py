@@ -24,6 +24,7 @@ from ..engine.sampling_params import SamplingParams
 from .arrivals import clamped
 from .gpu_limits import median_s
 from .replay import replay
+from .throughput import sleep_until
 from .traces import read_trace
 
 NUM_DECODE_STEPS = 48
@@ -138,7 +139,7 @@ class Engine:
             plans[:max_requests],
             self.booted.facts.vocab_size,
             time.perf_counter,
-            lambda at_s: time.sleep(max(0.0, at_s - time.perf_counter())),
+            sleep_until,
         )
 
     def tokens(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:

@@ -140,11 +140,12 @@ def traced(core: EngineCore, vocab_size: int, arguments: argparse.Namespace) -> 
     plans = [clamped(planned, context_len) for planned in trace.plans[: arguments.max_requests]]
     warm_up = argparse.Namespace(num_seqs=arguments.num_seqs, input_len=16, output_len=8)
     run(core, vocab_size, warm_up, 0)
+    return replay(core, plans, vocab_size, time.perf_counter, sleep_until)
 
-    def wait_until(at_s: float) -> None:
-        time.sleep(max(0.0, at_s - time.perf_counter()))
 
-    return replay(core, plans, vocab_size, time.perf_counter, wait_until)
+def sleep_until(at_s: float) -> None:
+    """By time.perf_counter."""
+    time.sleep(max(0.0, at_s - time.perf_counter()))
 
 
 def run(core: EngineCore, vocab_size: int, arguments: argparse.Namespace, seed: int) -> float:

@@ -45,7 +45,7 @@ def fixed_chunks(max_num_seqs: int, max_batched_tokens: int, block_size: int) ->
     if size <= 0:
         raise ConfigError(
             f"deterministic: max_batched_tokens is {max_batched_tokens}: it must be at least "
-            f"max_num_seqs ({max_num_seqs}) and a block ({block_size}), so that a row of a prompt "
-            "finds room beside all decodes"
+            f"{max_num_seqs + block_size}, max_num_seqs ({max_num_seqs}) and a block "
+            f"({block_size}), so that a row of a prompt finds room beside all decodes"
         )
     return Chunks(size, block_size)

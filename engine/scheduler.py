@@ -134,8 +134,9 @@ class Scheduler:
         self._schedule_decodes(step)
         if self._speculation.has_room(len(step.rows)):
             self._add_drafts(step)
-        budget = self._prompt_budget(step)
-        budget -= self._continue_prompts(step, budget)
+        prompts = [s for s in self._running if s.is_prefilling]
+        budget = self._prompt_budget(step, len(prompts))
+        budget -= self._continue_prompts(step, prompts, budget)
         self._admit_waiting(step, budget)
         if not step.rows:
             self._released_slots = step.released
@@ -144,9 +145,8 @@ class Scheduler:
         self._num_in_flight += 1
         return step
 
-    def _prompt_budget(self, step: Step) -> int:
+    def _prompt_budget(self, step: Step, num_prompts: int) -> int:
         waiting = islice(self._waiting, len(self._free_slots))
-        num_prompts = sum(s.is_prefilling for s in self._running)
         num_prompts += sum(s.may_start for s in waiting)
         room = self._max_batched_tokens - step.num_tokens
         return self._pace.prompt_budget(step.num_tokens, num_prompts, room)
@@ -213,10 +213,10 @@ class Scheduler:
         room = len(sequence.block_ids) * self._block_size - sequence.num_tokens
         sequence.draft_ids = sequence.draft_ids[:room]
 
-    def _continue_prompts(self, step: Step, budget: int) -> int:
+    def _continue_prompts(self, step: Step, prompts: list[Sequence], budget: int) -> int:
         num_tokens = 0
-        for sequence in self._running:
-            if sequence.is_prefilling and num_tokens < budget:
+        for sequence in prompts:
+            if num_tokens < budget:
                 num_tokens += self._add_row(step, sequence, budget - num_tokens)
         return num_tokens
 

@@ -105,22 +105,23 @@ def bind(
     native.set_num_threads(torch.get_num_threads())
     left_out = "" if is_invariant else INVARIANT
     usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
-    if attention != "auto" and INVARIANT in (i.name for i in usable[ATTENTION[0]]):
-        raise ValueError(f"a row must not depend on others: only {INVARIANT} is such here")
     if attention != "auto":
-        usable |= {op: _from_folder(attention, usable[op]) for op in ATTENTION}
+        usable |= _attention_from(attention, usable)
     functions = {op: _chained(ordered) for op, ordered in usable.items()}
     return Kernels(**functions, choices={op: ordered[0].name for op, ordered in usable.items()})
 
 
-def _from_folder(name: str, usable: list[Implementation]) -> list[Implementation]:
-    """From that one on; where only another operation of attention has it, all of them."""
-    names = [i.name for i in usable]
-    if name in names:
-        return usable[names.index(name) :]
-    if any(name in TABLE[op] for op in ATTENTION) and usable[0].op != ATTENTION[0]:
-        return usable
-    raise ValueError(f"{name} cannot be used here; what can: {', '.join(names)}")
+def _attention_from(
+    name: str, usable: dict[str, list[Implementation]]
+) -> dict[str, list[Implementation]]:
+    """Attention's operations without those that come before `name`, where they have it."""
+    names = [i.name for i in usable[ATTENTION[0]]]
+    if INVARIANT in names:
+        raise ValueError(f"a row must not depend on others: only {INVARIANT} is such here")
+    if name not in names:
+        raise ValueError(f"{name} cannot be used here; what can: {', '.join(names)}")
+    passed_over = names[: names.index(name)]
+    return {op: [i for i in usable[op] if i.name not in passed_over] for op in ATTENTION}
 
 
 def _usable(op: str, device: torch.device, dtype: torch.dtype) -> list[Implementation]:

@@ -18,6 +18,7 @@ from ..models.config import ModelConfig
 HOST_FRACTION = 0.5
 """Of the memory left beside the weights: the rest is for activations and everybody else."""
 
+# Guesses, until a card has been asked.
 CONTEXT_BYTES = 600 << 20
 """Of a CUDA context and its libraries, which torch does not count."""
 

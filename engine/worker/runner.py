@@ -17,7 +17,7 @@ from .slots import SlotTables
 from .staging import Staging
 
 
-class Flight:
+class Started:
     """A step that was started: its tokens are on their way to the host."""
 
     def __init__(
@@ -81,10 +81,10 @@ class Runner:
         )
         self._decodes = self._decodes_of(graphs, min(max_num_rows, max_batched_tokens))
         self._sampler = Sampler(self._tables)
-        self._last: Flight | None = None
+        self._last: Started | None = None
 
     @torch.inference_mode()
-    def start(self, step: Step) -> Flight:
+    def start(self, step: Step) -> Started:
         """Takes the step's changes, begins to compute its rows and to sample where asked."""
         self._decodes.capture_next()
         self._tables.apply(step)
@@ -95,7 +95,7 @@ class Runner:
             self._tables.await_tokens(inputs.slots)
         # Without a step ahead nothing overwrites them before they are read.
         fetch = self._staging.fetch if self._runs_ahead else _as_it_is
-        self._last = Flight(self._tables, inputs, samples.fetch(fetch), self._runs_ahead)
+        self._last = Started(self._tables, inputs, samples.fetch(fetch), self._runs_ahead)
         return self._last
 
     def _sampled(self, inputs: StepInputs) -> Samples:

@@ -26,7 +26,7 @@ not, more are looked at, and only where these are too few is a vocabulary sorted
 
 FEW_LOGITS = 1 << 19
 """So many are one thread's work: torch's others, when they are done, stay awake for more of it on
-the cores that the next step's kernels want, and cost these up to half of their speed."""
+the cores that the next step's kernels want, and cost these a third of their speed."""
 
 BLOCK = 256
 """Of weights that are summed together, so that a draw adds up blocks and then one block only."""

@@ -8,6 +8,7 @@ it computes. Source of the calls: Dao-AILab/flash-attention, hopper/ and flash_a
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -21,9 +22,16 @@ BLOCK_UNIT = 256
 MAX_HEAD_DIM = 256
 
 
+@cache
+def installed() -> str:
+    """The module that is asked; empty: none. Looked for once, not at every step."""
+    names = (name for name in (VERSION_3, VERSION_2) if find_spec(name) is not None)
+    return next(names, "")
+
+
 def supported(device: torch.device, dtype: torch.dtype) -> bool:
-    is_there = find_spec(VERSION_3) is not None or find_spec(VERSION_2) is not None
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and is_there
+    is_known = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and is_known and bool(installed())
 
 
 def accepts(
@@ -37,7 +45,7 @@ def accepts(
     sliding_window: int,
 ) -> bool:
     head_dim, block_size = q.shape[2], k_cache.shape[1]
-    has_blocks = find_spec(VERSION_3) is not None or block_size % BLOCK_UNIT == 0
+    has_blocks = installed() == VERSION_3 or block_size % BLOCK_UNIT == 0
     return (
         has_blocks
         and len(q) > 0
@@ -64,7 +72,7 @@ def paged_attention(
     # As many tokens as sequences are one each, for all that this engine computes.
     longest = 1 if num_tokens == num_seqs else num_tokens
     window = (sliding_window - 1, 0) if sliding_window else (-1, -1)
-    attend = _version_3 if find_spec(VERSION_3) is not None else _version_2
+    attend = _version_3 if installed() == VERSION_3 else _version_2
     out = attend(q, k_cache, v_cache, lists, longest, scale, window)
     rows = torch.arange(num_tokens, device=q.device)
     is_padding = (rows >= query_start[-1])[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -69,11 +70,19 @@ def version_2(
     return attend(q, k, v, block_table, starts, lengths, max_seqlen_q, softmax_scale, window_size)
 
 
+@pytest.fixture(autouse=True)
+def looked_for_anew() -> Iterator[None]:
+    flash.installed.cache_clear()
+    yield
+    flash.installed.cache_clear()
+
+
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     module.__dict__.update(functions)
     monkeypatch.setitem(sys.modules, name, module)
+    flash.installed.cache_clear()
 
 
 @pytest.mark.parametrize("name", SMALL)

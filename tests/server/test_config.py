@@ -334,3 +334,13 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "pilotlight"
+
+
+def test_a_flag_that_does_not_exist_is_named_and_the_nearest_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--max-model-length", "5"])
+    told = capsys.readouterr().err
+    assert "unknown: --max-model-length; did you mean --max-model-len?" in told
+    assert "usage" not in told
