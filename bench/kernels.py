@@ -134,9 +134,10 @@ def _cold_medians(
     reads: list[float] = []
     multiplies: list[float] = []
     for _ in _rounds(len(calls)):
-        multiplies.append(limits.multiply_rate(dtype))
         for call, other, seconds in zip(calls, others, times, strict=True):
             reads.append(limits.read_rate(sweep))
+            # After a sweep: torch's threads, where they ran before it, have come to rest.
+            multiplies.append(limits.multiply_rate(dtype))
             other()
             seconds.append(_seconds(call))
     return [median(seconds) for seconds in times], Machine(median(reads), median(multiplies))

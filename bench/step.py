@@ -42,8 +42,9 @@ examples:
   pilotlight bench step MODEL --num-seqs 1 8 64 --num-threads 1
   pilotlight bench step MODEL --sampling top-p --save bench/results/step-top-p
 
-Outside the kernels: schedule, inputs, glue (the network's Python between kernels), sampler, apply,
-record (statistics, the message), channel (msgpack; writing it to the socket is not in it).
+Outside the kernels: schedule, inputs, glue (the network's Python between kernels), sampler (log
+probabilities and penalties: draws are a kernel's), apply, record (statistics, the message), channel
+(msgpack; writing it to the socket is not in it).
 """
 
 PARTS: tuple[tuple[str, type, str], ...] = (
@@ -52,7 +53,7 @@ PARTS: tuple[tuple[str, type, str], ...] = (
     ("inputs", InputBuffers, "fill"),
     ("network", RecordedDecodes, "run"),
     ("kernels", native.Program, "run"),
-    ("sampler", Sampler, "sample"),
+    ("sampler", Sampler, "finish"),
     ("apply", Scheduler, "apply"),
 )
 COLUMNS = ("schedule", "inputs", "kernels", "glue", "sampler", "apply", "record", "channel")
@@ -62,6 +63,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "top-k": {"temperature": 0.7, "top_k": 50},
     "top-p": {"temperature": 0.7, "top_p": 0.9},
     "logprobs": {"temperature": 0.0, "num_logprobs": 5},
+    "penalties": {"temperature": 0.7, "repetition_penalty": 1.1},
 }
 NUM_UNCOUNTED_STEPS = 3
 SPARE_TOKENS = 64

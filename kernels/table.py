@@ -31,7 +31,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "packed_gate_up": ("cpu", "reference"),
     "packed_embedding": ("cpu", "reference"),
     "quantized_linear": ("invariant", "triton", "cpu", "reference"),
-    "greedy": ("triton", "cpu", "reference"),
+    "sample": ("triton", "cpu", "reference"),
 }
 """Folders of this package; the module in each has the name of the operation."""
 
@@ -60,7 +60,7 @@ class Kernels:
     packed_gate_up: Callable[[Tensor, Tensor], Tensor]
     packed_embedding: Callable[[Tensor, Tensor, int, int], Tensor]
     quantized_linear: Callable[..., Tensor]
-    greedy: Callable[[Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor], Tensor]
     choices: dict[str, str]
 
 

@@ -84,9 +84,10 @@ class Decoder:
         """hidden: [S, hidden_size] -> [S, vocab_size]."""
         return self._linear(hidden, self._head)
 
-    def greedy(self, logits: Tensor) -> Tensor:
-        """logits: [S, vocab_size] -> int32 [S], -1 for a row that is not finite."""
-        return self._kernels.greedy(logits)
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """logits: [S, vocab_size], draws: [S, DRAW_WORDS] -> int32 [S], -1 for a row that is not
+        finite."""
+        return self._kernels.sample(logits, draws)
 
     def _attend(
         self, x: Tensor, layer: LayerWeights, index: int, batch: AttentionBatch, cache: LayerCache

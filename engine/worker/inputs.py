@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.draws import DRAW_WORDS, as_draws
 from ..models.decoder import AttentionBatch
 from ..step import Step
 from .slots import SlotTables
@@ -53,6 +54,8 @@ class StepInputs:
     """Tokens of the sequence before the one to be sampled."""
     sampled_slots: Tensor
     """`slots`, on the device."""
+    draws: Tensor
+    """[S, DRAW_WORDS]: how they are sampled; of a decode step [T, DRAW_WORDS], padding greedily."""
     is_decode: bool
     """Every row is one token, and is sampled after, or is padding."""
 
@@ -84,6 +87,8 @@ class InputBuffers:
         self._context_lens = Buffer((max_num_rows,), staging)
         self._sampled = Buffer((max_num_rows,), staging)
         self._sampled_slots = Buffer((max_num_rows,), staging)
+        self._draws = Buffer((max_num_rows, DRAW_WORDS), staging)
+        self._draw_rows = as_draws(self._draws.host)
         self._newest_of = Buffer((max_num_rows,), staging)
         self._newest = staging.mirror(staging.host((len(tables.num_awaited),)))
         self._last: StepInputs | None = None
@@ -111,9 +116,9 @@ class InputBuffers:
         num_awaiting = self._find_awaited(slots)
         if is_decode:
             num_rows = num_tokens = self._pad(num_rows, num_padded(num_rows))
-        inputs = self._staged(
-            num_tokens, num_rows, slots[chosen], (starts + counts)[chosen], is_decode
-        )
+        sampled, lengths = slots[chosen], (starts + counts)[chosen]
+        self._draw_rows[: len(sampled)] = self._tables.draws_at(sampled, lengths)
+        inputs = self._staged(num_tokens, num_rows, sampled, lengths, is_decode)
         self._put_newest(inputs.token_ids[:num_awaiting])
         self._last = inputs if is_decode and not step.drafted else None
         return inputs
@@ -133,6 +138,8 @@ class InputBuffers:
             self._block_tables.host[begins_block, index] = blocks
         num_awaiting = self._find_awaited(slots)
         lengths, num_all = last.lengths + 1, len(last.token_ids)
+        if self._draw_rows["temperature"][:num_rows].any():
+            self._draw_rows["uniform"][:num_rows] = self._tables.uniforms_at(slots, lengths)
         if self._staging.copies:
             inputs = self._staged(num_all, num_all, slots, lengths, is_decode=True)
         else:
@@ -177,6 +184,7 @@ class InputBuffers:
         self._positions.host[begin:end] = 0
         self._slot_mapping.host[begin:end] = -1
         self._block_tables.host[begin:end] = self._padding_block
+        self._draws.host[begin:end] = 0
         self._context_lens.host[begin:end] = 1
         self._query_start.host[begin : end + 1] = self._token_index[begin : end + 1]
         return end
@@ -204,6 +212,7 @@ class InputBuffers:
             slots=slots,
             lengths=lengths,
             sampled_slots=self._sampled_slots.on_device(len(slots)),
+            draws=self._draws.on_device(num_rows if is_decode else len(slots)),
             is_decode=is_decode,
         )
         self._staging.fence()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from ...kernels import large_pages
 from ..config import EngineConfig
 from ..errors import ConfigError, NotEnoughMemory
 from ..last_plan import LastPlan
@@ -19,7 +17,6 @@ from .memory import cache_budget
 SCALE_DTYPE = torch.float32
 CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Those that are not the weights' own."""
-LARGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +119,7 @@ def allocate(
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = _zeroed(math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
-
-
-def _zeroed(num_bytes: int) -> mmap.mmap:
-    """Pages that the system zeroes at their first use: torch would write gigabytes at every boot.
-
-    In large pages, since blocks are read here and there; but for the first: of each layer the first
-    token touches one, which must not cost the zeroing of 2 MiB.
-    """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if num_bytes > LARGE_PAGE_BYTES:
-        with suppress(OSError):  # a system without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE, LARGE_PAGE_BYTES)
-    return memory
+    # Blocks of a cache are read here and there.
+    if device.type == "cpu":
+        return large_pages.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -12,7 +12,7 @@ from ..step import Step, StepResult
 from .decodes import RecordedDecodes
 from .graphs import GraphBackend, GraphedDecodes
 from .inputs import InputBuffers, StepInputs
-from .sampler import Sampler, Samples
+from .sampler import Drawn, Sampler, Samples
 from .slots import SlotTables
 from .staging import Staging
 
@@ -80,7 +80,7 @@ class Runner:
             padding_block=caches[0].k.shape[0] - 1,
         )
         self._decodes = self._decodes_of(graphs, min(max_num_rows, max_batched_tokens))
-        self._sampler = Sampler(self._tables)
+        self._sampler = Sampler(self._tables, model.sample)
         self._last: Started | None = None
 
     @torch.inference_mode()
@@ -99,15 +99,17 @@ class Runner:
         return self._last
 
     def _sampled(self, inputs: StepInputs) -> Samples:
-        logits, best = self._decodes.run(inputs)
+        logits, token_ids = self._decodes.run(inputs)
         num_sampled = len(inputs.slots)
-        if len(best) > num_sampled:  # filled up
-            logits, best = logits[:num_sampled], best[:num_sampled]
-        if self._tables.takes_best[inputs.slots].all():
-            return Samples(best, None)
+        draws = inputs.draws
+        if len(token_ids) > num_sampled:  # filled up
+            logits, token_ids, draws = (t[:num_sampled] for t in (logits, token_ids, draws))
+        if self._tables.is_plain[inputs.slots].all():
+            return Samples(token_ids, None)
         if self._last is not None and self._tables.reads_tokens[inputs.slots].any():
             self._last.land()
-        return self._sampler.sample(logits.float(), inputs.slots, inputs.lengths)
+        drawn = Drawn(logits, token_ids, draws)
+        return self._sampler.finish(drawn, inputs.slots, inputs.lengths)
 
     def _decodes_of(
         self, graphs: GraphBackend | None, max_num_rows: int
@@ -121,10 +123,10 @@ class Runner:
         return decodes
 
     def _computed(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Logits, and their most likely tokens."""
+        """Logits, and the tokens drawn from them."""
         hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
         logits = self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])
-        return logits, self._model.greedy(logits)
+        return logits, self._model.sample(logits, inputs.draws)
 
 
 def _as_it_is(computed: Tensor) -> Callable[[], Tensor]:

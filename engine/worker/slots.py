@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...kernels.draws import DRAW
 from ..sampling_params import SamplingParams
 from ..step import Admission, Draft, Growth, Step
+from .uniforms import uniforms
 
 NO_SAMPLING = SamplingParams()
+MAX_TOP_K = 2**31 - 1
+"""More than there are tokens: as good as any larger number."""
 
 
 class SlotTables:
@@ -24,15 +28,13 @@ class SlotTables:
         self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
         self.sample_index = np.zeros(num_slots, dtype=np.uint64)
         self.seed = np.zeros(num_slots, dtype=np.uint64)
-        self.temperature = np.ones(num_slots)
-        self.top_k = np.zeros(num_slots, dtype=np.int64)
-        self.top_p = np.ones(num_slots)
-        self.min_p = np.zeros(num_slots)
+        self.draws = np.zeros(num_slots, dtype=DRAW)
+        """All but the number that decides, which changes from token to token."""
         self.is_adjusted = np.zeros(num_slots, dtype=bool)
         """Needs its logits changed: bias, penalties or min_tokens."""
         self.num_logprobs = np.full(num_slots, -1, dtype=np.int64)
-        self.takes_best = np.zeros(num_slots, dtype=bool)
-        """Greedy on the logits as they are, and asks for nothing else."""
+        self.is_plain = np.zeros(num_slots, dtype=bool)
+        """Takes what is drawn from the logits as they are, and asks for nothing else."""
         self.num_awaited = np.zeros(num_slots, dtype=np.int8)
         """Tokens that steps in flight sample: the newest is on the device, not in `token_ids`."""
         self.reads_tokens = np.zeros(num_slots, dtype=bool)
@@ -56,10 +58,8 @@ class SlotTables:
         self.num_prompt_tokens[slot] = admission.num_prompt_tokens
         self.sample_index[slot] = admission.sample_index
         self.seed[slot] = sampling.seed
-        self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k
-        self.top_p[slot] = sampling.top_p
-        self.min_p[slot] = sampling.min_p
+        cuts = min(sampling.top_k, MAX_TOP_K), sampling.top_p, sampling.min_p
+        self.draws[slot] = (sampling.temperature, *cuts, 0.0)
         self.num_logprobs[slot] = sampling.num_logprobs
         self.sampling[slot] = sampling
         self.stop_ids[slot] = admission.min_tokens_stop_ids
@@ -67,8 +67,18 @@ class SlotTables:
             sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
         )
         self.reads_tokens[slot] = sampling.has_penalties
-        is_plain = not self.is_adjusted[slot] and sampling.num_logprobs < 0
-        self.takes_best[slot] = is_plain and sampling.temperature <= 0.0
+        self.is_plain[slot] = not self.is_adjusted[slot] and sampling.num_logprobs < 0
+
+    def draws_at(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[S] of DRAW, for the tokens behind `lengths` tokens of those slots."""
+        draws: np.ndarray = self.draws[slots]
+        if draws["temperature"].any():
+            draws["uniform"] = self.uniforms_at(slots, lengths)
+        return draws
+
+    def uniforms_at(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        positions = lengths - self.num_prompt_tokens[slots]
+        return uniforms(self.seed[slots], self.sample_index[slots], positions)
 
     def await_tokens(self, slots: np.ndarray) -> None:
         self.num_awaited[slots] += 1

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import large_pages
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -31,6 +33,13 @@ class Inputs:
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         values = torch.randn(shape, generator=self._generator) * scale
         return values.to(self.device, self.dtype)
+
+    def cache(self, *shape: int) -> torch.Tensor:
+        """Normal numbers that lie as an engine's caches do."""
+        values = self.normal(*shape)
+        if self.device.type != "cpu":
+            return values
+        return large_pages.zeros(tuple(shape), self.dtype).copy_(values)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         values = torch.randint(high, shape, generator=self._generator, dtype=torch.int32)

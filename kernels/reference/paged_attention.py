@@ -6,7 +6,7 @@ Knows no model and no scheduler: a batch is any mixture of sequences with one or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -157,12 +157,14 @@ class Batch:
     num_padded: int = 0
     query_scale: float = 1.0
     is_strided: bool = False
+    is_scattered: bool = True
+    """Blocks anywhere; otherwise as an engine gives them out: those of a prompt ascend."""
 
     def __call__(self, inputs: Inputs) -> tuple[object, ...]:
         num_blocks = [-(-context // self.block_size) for _, context in self.sequences]
         tables = self._tables(inputs, num_blocks)
         cache_shape = (sum(num_blocks) + 2, self.block_size, self.num_kv_heads, self.head_dim)
-        k_cache, v_cache = inputs.normal(*cache_shape), inputs.normal(*cache_shape)
+        k_cache, v_cache = inputs.cache(*cache_shape), inputs.cache(*cache_shape)
         starts = [0, *accumulate(queries for queries, _ in self.sequences)]
         q = self._queries(inputs, starts[-1] + self.num_padded)
         contexts = inputs.ints([context for _, context in self.sequences])
@@ -170,7 +172,10 @@ class Batch:
         return q, k_cache, v_cache, *lists, self.head_dim**-0.5, self.sliding_window
 
     def _tables(self, inputs: Inputs, num_blocks: list[int]) -> torch.Tensor:
-        block_ids = inputs.permutation(sum(num_blocks) + 2)
+        num_all = sum(num_blocks) + 2
+        block_ids = inputs.permutation(num_all)
+        if not self.is_scattered:
+            block_ids = inputs.ints(list(range(num_all)))
         tables = inputs.ints([0]).repeat(len(num_blocks), max(num_blocks, default=0) + 1)
         for r, end in enumerate(accumulate(num_blocks)):
             tables[r, : num_blocks[r]] = block_ids[end - num_blocks[r] : end]
@@ -195,8 +200,11 @@ def cases() -> Iterator[Case]:
         prefill = Batch([(length, length)], **QWEN2)
         yield Case(f"qwen2-0.5b-prefill-{length}", prefill, is_timed=True)
     long_contexts = [(1, 4096)] * 8
-    yield Case("qwen2-0.5b-decode-8-rows-of-4096", Batch(long_contexts, **QWEN2), is_timed=True)
-    yield Case("llama-1b-decode-8-rows-of-4096", Batch(long_contexts, **LLAMA), is_timed=True)
+    for model, heads in (("qwen2-0.5b", QWEN2), ("llama-1b", LLAMA)):
+        name = f"{model}-decode-8-rows-of-4096"
+        scattered = Batch(long_contexts, **heads)
+        yield Case(name, replace(scattered, is_scattered=False), is_timed=True)
+        yield Case(f"{name}-scattered", scattered, is_timed=True)
     yield Case("one-token", Batch([(1, 1)]))
     yield Case("decode-across-blocks", Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
     yield Case("decode-long", Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))

@@ -17,12 +17,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from pilotlight.kernels.invariant import linear  # noqa: E402
 from pilotlight.kernels.triton import (  # noqa: E402
     add_rms_norm,
-    greedy,
     paged_attention,
     quantized_linear,
     rms_norm,
     rope_store_kv,
     rope_store_kv_int8,
+    sample,
     silu_mul,
 )
 
@@ -34,7 +34,14 @@ KERNELS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
         add_rms_norm._add_rms_norm, [X, X, X, X, INT, INT, INT, "fp32"], {"WIDTH": 1024}
     ),
     "silu_mul": (silu_mul._silu_mul, [X, X, INT, INT], {"WIDTH": 1024}),
-    "greedy": (greedy._greedy, [X, I32, INT, INT], {"WIDTH": 4096}),
+    "sample": (
+        sample._sample, [X, I32, F, "*fp64", I32, INT, INT],
+        {"WIDTH": 4096, "WORDS": 6, "LOWEST_BIT": 16},
+    ),
+    "sample-fp32": (
+        sample._sample, [F, I32, F, "*fp64", I32, INT, INT],
+        {"WIDTH": 4096, "WORDS": 6, "LOWEST_BIT": 0},
+    ),
     "rope_store_kv": (
         rope_store_kv._rope_store_kv, [X, X, X, F, I32, X, X, I32, *[INT] * 9], {"WIDTH": 64}
     ),

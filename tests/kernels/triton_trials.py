@@ -17,17 +17,18 @@ from pilotlight.kernels.triton import paged_attention
 from pilotlight.tests.kernels.trials import CPU, cases_of
 
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 2e-3)}
-SLOW = "paged_attention"
-"""Half a minute for all of its cases: in fp16, and over int8, every fourth."""
+ATTENTION = "paged_attention"
+SLOW = (ATTENTION, "sample")
+"""Half a minute for all of their cases: in fp16, and over int8, every fourth."""
 
-FP8_CASES = {"rope_store_kv": ("no-gqa",), SLOW: ("decode-across-blocks", "sliding-window-7")}
+FP8_CASES = {"rope_store_kv": ("no-gqa",), ATTENTION: ("decode-across-blocks", "sliding-window-7")}
 
 
 def run(op: str, folder: str, dtype: torch.dtype) -> int:
     """The number of cases. Raises AssertionError where one differs."""
     implementation = table.Implementation(op, folder)
     cases = [case for case in cases_of(op).values() if not case.is_timed]
-    is_first = op == SLOW and folder == "triton" and dtype is torch.float32
+    is_first = op in SLOW and folder == "triton" and dtype is torch.float32
     if op.startswith(SLOW) and not is_first:
         cases = cases[::4]
     for case in cases:
@@ -47,19 +48,19 @@ def run(op: str, folder: str, dtype: torch.dtype) -> int:
 def split_contexts() -> None:
     """Contexts in pieces, some of which a short sequence does not reach."""
     paged_attention.MIN_SPLIT_KEYS = 16
-    names = [n for n, case in cases_of(SLOW).items() if not case.is_timed and "decode" in n]
+    names = [n for n, case in cases_of(ATTENTION).items() if not case.is_timed and "decode" in n]
     assert names, "there are cases of decodes"
     for name in names:
-        arguments = cases_of(SLOW)[name].make(CPU, torch.float32)
-        wanted = check.expected(SLOW, cases_of(SLOW)[name], CPU, torch.float32)
+        arguments = cases_of(ATTENTION)[name].make(CPU, torch.float32)
+        wanted = check.expected(ATTENTION, cases_of(ATTENTION)[name], CPU, torch.float32)
         actual = check.outcome(paged_attention.paged_attention, arguments)
         check.assert_close(actual, wanted, torch.float32)
-    print(f"{SLOW}, split: {len(names)} cases")
+    print(f"{ATTENTION}, split: {len(names)} cases")
 
 
 def fp8_caches() -> None:
     """Stored and attended to in float8_e4m3fn, as the reference does; numbers beyond its range."""
-    for op in ("rope_store_kv", SLOW):
+    for op in ("rope_store_kv", ATTENTION):
         for dtype in TOLERANCES:
             for name in FP8_CASES[op]:
                 arguments, expected = (_with_fp8(op, name, dtype) for _ in range(2))

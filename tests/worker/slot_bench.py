@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from pilotlight.engine.sampling_params import SamplingParams
 from pilotlight.engine.step import Admission, Step, StepResult
-from pilotlight.engine.worker.sampler import Sampler
+from pilotlight.engine.worker.sampler import Drawn, Sampler
 from pilotlight.engine.worker.slots import SlotTables
+from pilotlight.kernels import table
+from pilotlight.kernels.draws import DRAW_WORDS
 from torch import Tensor
 
 CONTEXT_LEN = 64
@@ -26,7 +28,9 @@ class SlotBench:
     def __init__(self, num_slots: int) -> None:
         torch.set_num_threads(1)
         self._tables = SlotTables(num_slots, CONTEXT_LEN, 16)
-        self._sampler = Sampler(self._tables)
+        self._drawn_from: list[Tensor] = []
+        self._operation = table.bind(torch.device("cpu"), torch.float32).sample
+        self._sampler = Sampler(self._tables, self._sample)
         self._lengths = np.zeros(num_slots, dtype=np.int32)
 
     def admit(
@@ -45,15 +49,27 @@ class SlotBench:
         self._lengths[slot] = len(token_ids)
 
     def sample(self, logits: Tensor, slots: Sequence[int] | None = None) -> StepResult:
-        """Row i belongs to slots[i], or to slot i. `logits` stay as they are."""
-        samples = self._sampler.sample(logits.clone(), *self._rows(logits, slots))
+        """Row i belongs to slots[i], or to slot i."""
+        rows, lengths = self._rows(logits, slots)
+        words = self._tables.draws_at(rows, lengths).view(np.int32).reshape(-1, DRAW_WORDS)
+        draws = torch.from_numpy(words)
+        drawn = Drawn(logits, self._sample(logits, draws), draws)
+        samples = self._sampler.finish(drawn, rows, lengths)
         return samples.fetch(lambda computed: lambda: computed)()
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """The logits after bias, penalties and mask; the sampler changes them in place."""
-        logits = logits.clone()
-        self._sampler.sample(logits, *self._rows(logits, None))
-        return logits
+        """The logits that are drawn from after bias, penalties and mask."""
+        before = logits.clone()
+        self.sample(logits)
+        assert logits.equal(before), "what others may still read was changed"
+        result, is_adjusted = logits.clone(), self._tables.is_adjusted[: len(logits)]
+        if is_adjusted.any():
+            result[torch.from_numpy(is_adjusted)] = self._drawn_from[-1]
+        return result
+
+    def _sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        self._drawn_from.append(logits)
+        return self._operation(logits, draws)
 
     def _rows(self, logits: Tensor, slots: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(len(logits)) if slots is None else np.array(slots)

@@ -1,5 +1,5 @@
 // Causal grouped-query attention over a paged cache, with an online softmax.
-// Included by each level_*.cpp after decode.h; see there. Source: arXiv:2205.14135 (tiling).
+// Included by each level_*.cpp after decode_pairs.h; see there. Source: arXiv:2205.14135 (tiling).
 
 // What the products of several queries read: int8 expanded to what this level multiplies.
 template <class T, class C>
@@ -223,6 +223,20 @@ void write_rows(const AttentionArgs& a, const Item& item, const Running& running
 }
 
 template <class T, class C>
+using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;
+
+template <class T, class C>
+void write_direct(const AttentionArgs& a, const Item& item, const Running& running) {
+  const i64 head_dim = a.cache.head_dim, first_query = Sequence(a, item.sequence).first_query;
+  T* out = static_cast<T*>(a.out) + first_query * a.num_heads * head_dim;
+  for (i64 head = 0; head < a.num_heads; ++head) {
+    const vf factor = splat(1.0f / running.totals[head]);
+    const i64 at = head * head_dim;
+    Direct<T, C>::write(running.rows + at, factor, head_dim, out + at);
+  }
+}
+
+template <class T, class C>
 void merge_parts(const AttentionArgs& a, const Item& item, float* partials) {
   const Geometry g(a);
   const bool is_direct = item.kv_head == kAllHeads;
@@ -241,7 +255,7 @@ template <class T, class C>
 void run_item(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
               float* partials) {
   if (item.kv_head == kAllHeads) {
-    DirectRun<T, C> run(a, item, next, memory, partials);
+    Direct<T, C> run(a, item, next, memory, partials);
     run.run();
     if (item.partial < 0) write_direct<T, C>(a, item, run.running());
   } else {
@@ -255,7 +269,7 @@ template <class T, class C>
 bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* partials) {
   const Geometry g(a);
   const i64 tile = ItemRun<T, C>::num_scratch_words(g);
-  const i64 direct = DirectRun<T, C>::num_scratch_words(g, a.num_heads);
+  const i64 direct = Direct<T, C>::num_scratch_words(g, a.num_heads);
   bool has_memory = true;
   auto body = [&](i64 index) {
     const i64 last = num_items - 1, after = index + num_threads();
@@ -271,7 +285,7 @@ bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* 
 
 template <class T, class C>
 bool paged_attention(const AttentionArgs& a) {
-  const bool has_direct = DirectRun<T, C>::can_take(a);
+  const bool has_direct = Direct<T, C>::can_take(a);
   i64 num_items = 0;
   const i64 partials_size = for_items(a, has_direct, [&](const Item&) { ++num_items; });
   Buffer items_memory(num_items * sizeof(Item));

@@ -47,39 +47,6 @@ bool rms_norm(const RmsNormArgs& a) {
   return true;
 }
 
-// The first place of a row's largest number; -1 where something is not finite.
-template <class T>
-i32 first_largest(const T* row, i64 size) {
-  vf most = splat(-kInfinity), poison = {};
-  for_lanes(size, [&](i64 i, auto extent) {
-    vf x = load(row + i, extent);
-    poison += x - x;
-    if constexpr (std::is_same_v<decltype(extent), Part>) {
-      for (i64 lane = extent.count; lane < kLanes; ++lane) x[lane] = -kInfinity;
-    }
-    most = maximum(most, x);
-  });
-  if (sum(poison) != 0) return -1;
-  const vf largest = splat(maximum(most));
-  for (i64 i = 0; i < size; i += kLanes) {
-    const vf x = i + kLanes <= size ? load(row + i, Whole{}) : load(row + i, Part{size - i});
-    const vi found = x == largest;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (found[lane]) return i32(i + lane);
-    }
-  }
-  return -1;
-}
-
-template <class T>
-bool greedy(const GreedyArgs& a) {
-  auto body = [&](i64 row) {
-    a.out[row] = first_largest(static_cast<const T*>(a.logits) + row * a.row_stride, a.size);
-  };
-  parallel(a.num_rows, grain_for(a.size), body);
-  return true;
-}
-
 template <class T>
 bool silu_mul(const SiluMulArgs& a) {
   auto body = [&](i64 row) {

@@ -22,8 +22,17 @@ struct RmsNormArgs {
   float eps;
 };
 
-struct GreedyArgs {
+// How a row is drawn: kernels/draws.py.
+struct Draw {
+  float temperature;
+  i32 top_k;
+  float top_p, min_p;
+  double uniform;
+};
+
+struct SampleArgs {
   const void* logits;  // [num_rows, size]
+  const Draw* draws;   // [num_rows]
   i32* out;            // [num_rows]
   i64 num_rows, size, row_stride;
 };
@@ -126,7 +135,7 @@ struct LimitArgs {
 struct Level {
   bool (*rms_norm)(DType, const RmsNormArgs&);
   bool (*silu_mul)(DType, const SiluMulArgs&);
-  bool (*greedy)(DType, const GreedyArgs&);
+  bool (*sample)(DType, const SampleArgs&);
   bool (*rope_store_kv)(DType, const RopeStoreArgs&);
   bool (*rope_store_kv_int8)(DType, const RopeStoreArgs&);
   bool (*paged_attention)(DType, const AttentionArgs&);

@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 7;
+constexpr int kAbiVersion = 8;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -189,8 +189,8 @@ PILOTLIGHT_API int pilotlight_rms_norm(DType dtype, const RmsNormArgs* a) {
   return status(level().rms_norm(dtype, *a));
 }
 
-PILOTLIGHT_API int pilotlight_greedy(DType dtype, const GreedyArgs* a) {
-  return status(level().greedy(dtype, *a));
+PILOTLIGHT_API int pilotlight_sample(DType dtype, const SampleArgs* a) {
+  return status(level().sample(dtype, *a));
 }
 
 PILOTLIGHT_API int pilotlight_silu_mul(DType dtype, const SiluMulArgs* a) {

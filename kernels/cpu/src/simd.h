@@ -131,6 +131,8 @@ inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vf maximum(vf a, vf b) {
 #if LANES == 8 && defined(__AVX__)  // GCC makes two instructions of the other
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #else
   return select(a > b, a, b);
 #endif
@@ -148,15 +150,16 @@ inline vu shuffle(vu low, vu high) {
 
 // Which of two vectors' lanes, numbered through, goes to lane `lane` when units of `unit` lanes are
 // taken from both in turn; every lane of both is found once in the even and the odd such vector.
-// Chosen so that each is one instruction: unpack inside 128 bits, and moves of whole 128 bits.
+// Chosen so that each is one instruction: unpack inside 128 bits, and moves of whole 128 bits: where
+// there are four of these, both moves take every other one of each vector.
 constexpr int paired_lane(int unit, bool is_odd, int lane) {
   const int block = lane / 4 * 4, place = lane % 4;
   if (unit < 4) {
     return block + (is_odd ? 2 : 0) + (place / unit % 2 ? kLanes : 0) +
            (unit == 1 ? place / 2 : place % 2);
   }
-  const int group = lane / unit;
-  return group / 2 * 2 * unit + (is_odd ? unit : 0) + lane % unit + (group % 2 ? kLanes : 0);
+  const int half = kLanes / 2;
+  return lane / half * kLanes + lane % half / 4 * 8 + (is_odd ? 4 : 0) + place;
 }
 
 template <int Unit, bool IsOdd, int... Lane>
@@ -166,29 +169,43 @@ inline vu paired(vu low, vu high, std::integer_sequence<int, Lane...>) {
 
 template <int Unit, bool IsOdd>
 inline vu paired(vu low, vu high) {
+#if LANES == 16 && defined(__AVX512F__)  // GCC takes a slower instruction for most
+  const __m512i a = (__m512i)low, b = (__m512i)high;
+  if constexpr (Unit == 2) {
+    return (vu)(IsOdd ? _mm512_maskz_unpackhi_epi64(0xff, a, b)
+                      : _mm512_maskz_unpacklo_epi64(0xff, a, b));
+  }
+  if constexpr (Unit > 2) return (vu)_mm512_maskz_shuffle_i32x4(0xffff, a, b, IsOdd ? 0xdd : 0x88);
+#endif
   return paired<Unit, IsOdd>(low, high, std::make_integer_sequence<int, kLanes>());
+}
+
+// Some of the kLanes / 2 steps in each of the passes, of Unit 1, 2, 4 ..., that transpose.
+template <int Unit, int Step>
+inline __attribute__((always_inline)) void transpose_step(vu (&rows)[kLanes]) {
+  constexpr int i = Step / Unit * 2 * Unit + Step % Unit;
+  const vu low = rows[i], high = rows[i + Unit];
+  rows[i] = paired<Unit, false>(low, high);
+  rows[i + Unit] = paired<Unit, true>(low, high);
+}
+
+// Where the passes leave column `column`: the first two have taken each other's turn.
+constexpr int transposed_row(int column) {
+  const int place = column % 4;
+  return column - place + (place == 1 ? 2 : place == 2 ? 1 : place);
 }
 
 // rows[i][j] <-> rows[j][i].
 template <int Unit = 1>
 inline void transpose(vu (&rows)[kLanes]) {
   if constexpr (Unit < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & Unit) continue;
-      const vu low = rows[i], high = rows[i + Unit];
-      rows[i] = paired<Unit, false>(low, high);
-      rows[i + Unit] = paired<Unit, true>(low, high);
-    }
+    unrolled<kLanes / 2>([&](auto step) __attribute__((always_inline)) {
+      transpose_step<Unit, step>(rows);
+    });
     transpose<2 * Unit>(rows);
   } else {
-    // The first two steps have taken each other's turn.
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 4) {
-      const vu second = rows[i + 1];
-      rows[i + 1] = rows[i + 2];
-      rows[i + 2] = second;
-    }
+    for (int i = 0; i < kLanes; i += 4) std::swap(rows[i + 1], rows[i + 2]);
   }
 }
 

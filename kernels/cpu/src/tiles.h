@@ -51,16 +51,13 @@ inline vf multiply_add(vf total, vu a, vu b) {
   return total + (vf)a * (vf)b;
 }
 
-// total += a * (the words at `b`); see add_row.
-template <bool Pairs>
+// total += a * (the floats at `b`); see add_row.
 inline __attribute__((always_inline)) void add_product(vf& total, vu a, const std::uint32_t* b) {
 #if HAS_VECTOR_FMA
-  if constexpr (!Pairs) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const vu*>(b)));
-    return;
-  }
+  asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const vu*>(b)));
+#else
+  total = multiply_add<false>(total, a, load_raw<vu>(b, Whole{}));
 #endif
-  total = multiply_add<Pairs>(total, a, load_raw<vu>(b, Whole{}));
 }
 
 struct Matrix {
