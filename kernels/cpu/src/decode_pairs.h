@@ -31,19 +31,6 @@ inline vu interleaved(vs even, vs odd) {
   return interleaved<IsHigh>(even, odd, std::make_integer_sequence<int, 2 * kLanes>());
 }
 
-// total += pairs * (the word at `word`, broadcast).
-inline __attribute__((always_inline)) void add_pairs(vf& total, vu pairs, const void* word) {
-#if !defined(PILOTLIGHT_EMULATE)
-  struct Word {
-    std::uint32_t bits;
-  } __attribute__((packed, may_alias));
-  asm("vdpbf16ps %2%{1to16%}, %1, %0"
-      : "+v"(total) : "v"(pairs), "m"(*static_cast<const Word*>(word)));
-#else
-  total = multiply_add<true>(total, pairs, splat_word(word));
-#endif
-}
-
 template <class C>
 class PairedRun : public DirectWalk<C> {
   using Walk = DirectWalk<C>;
@@ -114,7 +101,7 @@ class PairedRun : public DirectWalk<C> {
     for (i64 slot = 0; slot < num_slots; slot += kLanes) {
       vf total[Queries] = {};
       for (i64 d = 0; d < head_dim; d += kPerVector) {
-        // The next sixteenth... of the keys is turned while this one is multiplied.
+        // The next words are turned while these are multiplied: neither waits for the other.
         const bool is_last = d + kPerVector == head_dim;
         const i64 next_slot = is_last && slot + kLanes < num_slots ? slot + kLanes : slot;
         const i64 next_d = is_last ? 0 : d + kPerVector;

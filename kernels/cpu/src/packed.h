@@ -1,4 +1,4 @@
-// Rows times a packed weight matrix; packing one; rows of a packed table.
+// Rows times a packed weight matrix.
 // Included by each level_*.cpp after tiles.h; see there. kernels/layouts.py defines the layout.
 //
 // A panel holds 16 outputs: for each word along the summed dimension, the 16 outputs' words lie side
@@ -25,6 +25,7 @@ constexpr i64 kSlabWords = 512;           // of a panel: about a first-level cac
 constexpr i64 kRowSlabBytes = 256 << 10;  // of the rows: what a second-level cache can spare
 constexpr i64 kFewBlocks = 4;             // of rows, for which longer slabs are better
 constexpr i64 kMaxPiecePanels = 16;
+constexpr i64 kStreamRows = LANES == 16 ? 6 : 2;  // fewer wait for memory, not for multiplications
 constexpr i64 kPiecesPerThread = 4;  // twice as many of few rows, which need not be widened again
 constexpr i64 kPrefetchBytes = 2048;
 
@@ -60,6 +61,7 @@ struct TileArgs {
   i64 panel_words, num_words;
   const char* ahead;  // what will be read next, fetched in steps of `ahead_step` bytes per word
   i64 ahead_step;
+  bool is_stream;  // read once, from memory: that is quickest in order, one panel after the other
 };
 
 // sums[row][panel * kPanel ...] += rows times panels, or = where nothing is there yet.
@@ -124,7 +126,7 @@ void multiply_group(TileArgs<T> t, i64 num_panels, float* sums, i64 stride, bool
     sums += panels * kPanel;
     num_panels -= panels;
   };
-  for (; num_panels >= kPanels; next(kPanels)) {
+  for (; !t.is_stream && num_panels >= kPanels; next(kPanels)) {
     multiply_panels<T, Rows, kPanels>(t, sums, stride, is_first);
   }
   for (; num_panels > 0; next(1)) multiply_panels<T, Rows, 1>(t, sums, stride, is_first);
@@ -306,8 +308,9 @@ class PackedWorker {
                      static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words +
                          first_word * kPanel,
                      panel_words, left < plan_.slab_words ? left : plan_.slab_words,
-                     nullptr, 0};
+                     nullptr, 0, false};
     const i64 num_blocks = divide_up(num_rows, plan_.block_rows);
+    t.is_stream = num_blocks == 1 && num_rows <= kStreamRows;
     // One block of rows passes once over all panels; more of them meet some panels after another,
     // and each fetches its share of the next ones.
     const i64 group = num_blocks == 1 ? num_panels : plan_.group_panels;
@@ -357,61 +360,10 @@ class PackedWorker {
   i64 num_widened_ = 0;
 };
 
-template <class T, class Emit>
-bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
-  if (a.num_rows == 0) return true;
-  const PackedPlan<T> plan(a, num_panels, unit);
-  const i64 num_pieces = plan.num_chunks * plan.num_pieces;
-  i64 next = 0;
-  bool has_memory = true;
-  auto body = [&](i64) {
-    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes()));
-    if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
-    const std::conditional_t<UsesTiles<T>::value, TileSession, char> session = {};
-    (void)session;
-    PackedWorker<T> worker(a, plan, num_panels, memory);
-    for (;;) {
-      const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (index >= num_pieces) return;
-      worker.run(index, emit);
-    }
-  };
-  parallel(num_threads(), 1, body);
-  return has_memory;
-}
-
-template <class T>
-bool packed_linear(const PackedLinearArgs& a) {
-  const T* bias = static_cast<const T*>(a.bias);
-  const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
-    const i64 output = panel * kPanel, left = a.num_outputs - output;
-    const i64 size = num_panels * kPanel;
-    T* out = static_cast<T*>(a.out) + row * a.num_outputs + output;
-    for_lanes(left < size ? left : size, [&](i64 i, auto extent) {
-      const vf added = bias ? load(bias + output + i, extent) : vf{};
-      store(out + i, load(sums + i, extent) + added, extent);
-    });
-  };
-  return packed_product<T>(a, divide_up(a.num_outputs, kPanel), 1, emit);
-}
-
-// Panels of gate and up in turn; num_outputs counts one of them and is a multiple of kPanel.
-template <class T>
-bool packed_gate_up(const PackedLinearArgs& a) {
-  const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
-    T* out = static_cast<T*>(a.out) + row * a.num_outputs + panel / 2 * kPanel;
-    for (i64 pair = 0; pair < num_panels / 2; ++pair, sums += 2 * kPanel, out += kPanel) {
-      for (int i = 0; i < kPanel; i += kLanes) {
-        const vf gate = load(sums + i, Whole{}), up = load(sums + kPanel + i, Whole{});
-        store(out + i, gate / (splat(1.0f) + exp(-gate)) * up, Whole{});
-      }
-    }
-  };
-  return packed_product<T>(a, 2 * a.num_outputs / kPanel, 2, emit);
-}
-
-// 32-bit words of up to 16 rows side by side: to[word][row]. Null rows become zeros.
-inline void transpose_words(const char* const* rows, i64 num_words, std::uint32_t* to) {
+// 32-bit words of up to 16 rows side by side: to[word][row], `stride` from word to word. Null rows
+// become zeros; where they are more than the stride has room for, they are overwritten, and what is
+// behind the last word is not.
+inline void transpose_words(const char* const* rows, i64 num_words, std::uint32_t* to, i64 stride) {
   for (i64 row = 0; row < kPanel; row += kLanes) {
     for_lanes(num_words, [&](i64 word, auto extent) {
       vu block[kLanes];
@@ -423,55 +375,8 @@ inline void transpose_words(const char* const* rows, i64 num_words, std::uint32_
       transpose(block);
       const i64 left = num_words - word;
       for (int i = 0; i < kLanes && i < left; ++i) {
-        store_raw(to + (word + i) * kPanel + row, block[i], Whole{});
+        store_raw(to + (word + i) * stride + row, block[i], Whole{});
       }
     });
   }
-}
-
-// Rows of one or, in turn by panels, two matrices [num_outputs, num_inputs] into panels.
-template <class T>
-bool pack_panels(const PackArgs& a) {
-  using Shape = PackedShape<T>;
-  const i64 num_whole = a.num_inputs / Shape::kPerWord, num_words = Shape::num_words(a.num_inputs);
-  const i64 num_matrices = a.second ? 2 : 1;
-  const i64 num_panels = (a.num_outputs + kPanel - 1) / kPanel * num_matrices;
-  expect_large_pages(a.out, num_panels * num_words * kPanel * 4);
-  auto body = [&](i64 panel) {
-    const bool is_second = a.second && panel % 2 == 1;
-    const T* from = static_cast<const T*>(is_second ? a.second : a.first);
-    auto* to = static_cast<std::uint32_t*>(a.out) + panel * num_words * kPanel;
-    const char* rows[kPanel];
-    for (i64 i = 0; i < kPanel; ++i) {
-      const i64 output = panel / num_matrices * kPanel + i;
-      const T* row = output < a.num_outputs ? from + output * a.num_inputs : nullptr;
-      rows[i] = reinterpret_cast<const char*>(row);
-    }
-    transpose_words(rows, num_whole, to);
-    // An odd last bf16 is a word with an empty half.
-    for (i64 i = 0; i < kPanel && num_whole < num_words; ++i) {
-      std::uint32_t bits = 0;
-      if (rows[i]) std::memcpy(&bits, rows[i] + num_whole * 4, sizeof(T));
-      to[num_whole * kPanel + i] = bits;
-    }
-  };
-  parallel(num_panels, grain_for(num_words * kPanel), body);
-  return true;
-}
-
-template <class T>
-bool packed_embedding(const PackedEmbeddingArgs& a) {
-  using Shape = PackedShape<T>;
-  const i64 num_words = Shape::num_words(a.num_inputs);
-  auto body = [&](i64 row) {
-    const i64 id = a.token_ids[row];
-    const auto* from = static_cast<const std::uint32_t*>(a.weight) +
-                       id / kPanel * num_words * kPanel + id % kPanel;
-    char* to = static_cast<char*>(a.out) + row * a.num_inputs * sizeof(T);
-    const i64 num_whole = a.num_inputs / Shape::kPerWord;
-    for (i64 word = 0; word < num_whole; ++word) std::memcpy(to + word * 4, from + word * kPanel, 4);
-    if (num_whole < num_words) std::memcpy(to + num_whole * 4, from + num_whole * kPanel, sizeof(T));
-  };
-  parallel(a.num_rows, grain_for(8 * num_words), body);
-  return true;
 }

@@ -60,16 +60,33 @@ inline __attribute__((always_inline)) void add_product(vf& total, vu a, const st
 #endif
 }
 
-struct Matrix {
-  std::uint32_t* words;  // on the A side perhaps a caller's bf16, so read as bytes
-  i64 stride;            // words from row to row
-};
-
 inline vu splat_word(const void* from) {
   std::uint32_t word;
   std::memcpy(&word, from, sizeof word);
   return vu{} + word;
 }
+
+#if HAS_BF16_DOT
+
+// total += pairs * (the word at `word`, broadcast).
+inline __attribute__((always_inline)) void add_pairs(vf& total, vu pairs, const void* word) {
+#if !defined(PILOTLIGHT_EMULATE)
+  struct Word {
+    std::uint32_t bits;
+  } __attribute__((packed, may_alias));
+  asm("vdpbf16ps %2%{1to16%}, %1, %0"
+      : "+v"(total) : "v"(pairs), "m"(*static_cast<const Word*>(word)));
+#else
+  total = multiply_add<true>(total, pairs, splat_word(word));
+#endif
+}
+
+#endif
+
+struct Matrix {
+  std::uint32_t* words;  // on the A side perhaps a caller's bf16, so read as bytes
+  i64 stride;            // words from row to row
+};
 
 // total[v] += (the word at `left`, broadcast) * right[v].
 template <bool Pairs, int Vectors>
