@@ -45,6 +45,7 @@ def cases() -> Iterator[Case]:
     yield Case("no-rows", _plain(0, 16, 32, has_bias=True))
     yield Case("uneven", _plain(19, 131, 1000, has_bias=True))
     yield Case("many-rows-of-many", _plain(150, 48, 9001, has_bias=True))
+    yield Case("rows-of-very-many", _plain(33, 40, 40001, has_bias=False))
     yield Case("outliers", _outliers)
     yield Case("strided-rows", _strided)
 

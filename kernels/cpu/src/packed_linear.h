@@ -5,9 +5,7 @@ template <class T, class Emit>
 bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
   if (a.num_rows == 0) return true;
 #if HAS_BF16_DOT && !HAS_AMX
-  if constexpr (Words<T>::kPairs) {
-    if (a.num_rows <= kMostPairRows) return pair_product(a, num_panels, unit, emit);
-  }
+  if constexpr (Words<T>::kPairs) return pair_product(a, num_panels, emit);
 #endif
   const PackedPlan<T> plan(a, num_panels, unit);
   const i64 num_pieces = plan.num_chunks * plan.num_pieces;

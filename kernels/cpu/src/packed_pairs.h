@@ -1,15 +1,16 @@
-// A few rows times a packed weight matrix, where pairs of bf16 are multiplied by one instruction.
+// Rows times a packed weight matrix, where pairs of bf16 are multiplied by one instruction.
 // Included by each level_*.cpp after packed.h; see there.
 //
-// Few rows are limited by memory, which is read fastest as one stream: a thread reads panel after
-// panel, and a panel's words meet all rows of a block before they are left. Rows lie word by word, so
-// that one pointer finds them all. Every sum is the chain that packed.h makes of it.
+// A thread reads panel after panel, one stream, and a panel meets a chunk of the rows, block by block:
+// each of its words is read once for all rows of a block, whose words lie side by side, so that one
+// pointer finds them. Sums stay in registers along a whole panel: a chain, as in packed.h.
 
 #if HAS_BF16_DOT && !HAS_AMX
 
-constexpr i64 kMostPairRows = 64;   // more meet panels as in packed.h
 constexpr i64 kOneBlockRows = 24;   // registers for their sums
 constexpr i64 kBlockPairRows = 16;  // of each of several blocks
+constexpr i64 kPairPanels = 2;      // that leave together: the units of products, a line of outputs
+constexpr i64 kChunkBytes = 1 << 20;  // of rows, that meet a panel in turn
 
 constexpr i64 places_of(i64 rows) {
   i64 places = 1;
@@ -18,50 +19,61 @@ constexpr i64 places_of(i64 rows) {
 }
 
 struct PairPlan {
-  i64 num_words, num_blocks, places;     // of a block's rows side by side
-  i64 piece_panels, num_pieces;
+  i64 num_words, places;  // of a block's rows side by side
+  i64 chunk_rows, num_chunks, num_blocks;
+  i64 piece_panels, num_pieces;  // of one chunk
 
-  PairPlan(const PackedLinearArgs& a, i64 num_panels, i64 unit)
-      : num_words(PackedShape<bf16>::num_words(a.num_inputs)),
-        num_blocks(a.num_rows <= kOneBlockRows ? 1 : divide_up(a.num_rows, kBlockPairRows)),
-        places(places_of(divide_up(a.num_rows, num_blocks))) {
-    const i64 wanted = num_panels / (2 * kPiecesPerThread * num_threads());
+  PairPlan(const PackedLinearArgs& a, i64 num_panels)
+      : num_words(PackedShape<bf16>::num_words(a.num_inputs)) {
+    const i64 fitting = kChunkBytes / (num_words * 4) / kBlockPairRows * kBlockPairRows;
+    const i64 most = fitting < kOneBlockRows ? kOneBlockRows : fitting;
+    num_chunks = divide_up(a.num_rows, most);
+    chunk_rows = divide_up(a.num_rows, num_chunks);
+    num_blocks = chunk_rows <= kOneBlockRows ? 1 : divide_up(chunk_rows, kBlockPairRows);
+    places = places_of(divide_up(chunk_rows, num_blocks));
+    const i64 wanted = num_panels * num_chunks / (2 * kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
-    piece_panels = round_up(few, unit);
+    piece_panels = round_up(few, kPairPanels);
     num_pieces = divide_up(num_panels, piece_panels);
   }
 
   i64 block_words() const { return round_up(num_words * places + kPanel, kPanel); }
   i64 rows_bytes() const { return num_blocks * block_words() * 4; }
-  i64 sums_bytes(i64 num_rows) const { return num_rows * piece_panels * kPanel * 4; }
+  i64 sums_bytes() const { return chunk_rows * kPairPanels * kPanel * 4; }
 };
 
 // sums[row][0 ... 15] = rows times a panel; x: [word][place].
-template <int Rows>
-__attribute__((noinline)) void multiply_pairs_panel(const std::uint32_t* x, const std::uint32_t* weight,
-                                                    i64 num_words, bool fetches, float* sums,
-                                                    i64 stride) {
-  constexpr i64 kPlaces = places_of(Rows);
+template <int Rows, int Places>
+__attribute__((noinline)) void multiply_pairs_panel(const std::uint32_t* x,
+                                                    const std::uint32_t* weight, i64 num_words,
+                                                    bool fetches, float* sums) {
   vf total[Rows] = {};
   const i64 ahead = fetches ? kPrefetchBytes / 4 : 0;
-  for (i64 word = 0; word < num_words; ++word, x += kPlaces, weight += kPanel) {
+  for (i64 word = 0; word < num_words; ++word, x += Places, weight += kPanel) {
     __builtin_prefetch(weight + ahead, 0, 3);
     const vu pairs = load_raw<vu>(weight, Whole{});
     unrolled<Rows>([&](auto r) __attribute__((always_inline)) { add_pairs(total[r], pairs, x + r); });
   }
   unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
-    store(sums + r * stride, total[r], Whole{});
+    store(sums + r * kPairPanels * kPanel, total[r], Whole{});
   });
 }
 
+// Blocks of a product differ by a row at most, so that half of the places may be empty.
 template <int Rows = kOneBlockRows>
-void multiply_pairs_rows(i64 rows, const std::uint32_t* x, const std::uint32_t* weight, i64 num_words,
-                         bool fetches, float* sums, i64 stride) {
+void multiply_pairs_rows(i64 rows, i64 places, const std::uint32_t* x, const std::uint32_t* weight,
+                         i64 num_words, bool fetches, float* sums) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) {
-      return multiply_pairs_panel<Rows>(x, weight, num_words, fetches, sums, stride);
+    constexpr int kPlaces = places_of(Rows);
+    if (rows != Rows) {
+      return multiply_pairs_rows<Rows - 1>(rows, places, x, weight, num_words, fetches, sums);
     }
-    multiply_pairs_rows<Rows - 1>(rows, x, weight, num_words, fetches, sums, stride);
+    if constexpr (Rows == kPlaces) {
+      if (places > Rows) {
+        return multiply_pairs_panel<Rows, 2 * Rows>(x, weight, num_words, fetches, sums);
+      }
+    }
+    multiply_pairs_panel<Rows, kPlaces>(x, weight, num_words, fetches, sums);
   }
 }
 
@@ -71,38 +83,39 @@ class PairWorker {
   PairWorker(const PackedLinearArgs& a, const PairPlan& plan, i64 num_panels, char* memory)
       : a_(a), plan_(plan), num_panels_(num_panels),
         rows_(reinterpret_cast<std::uint32_t*>(memory)),
-        sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {
-    for (i64 b = 0; b < plan.num_blocks; ++b) take_rows(b);
-  }
+        sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
 
   template <class Emit>
-  void run(i64 piece, Emit emit) {
-    const i64 first = piece * plan_.piece_panels, left = num_panels_ - first;
-    const i64 panels = left < plan_.piece_panels ? left : plan_.piece_panels;
-    const i64 stride = plan_.piece_panels * kPanel;
-    for (i64 p = 0; p < panels; ++p) multiply_panel(first + p, sums_ + p * kPanel, stride);
-    for (i64 r = 0; r < a_.num_rows; ++r) emit(r, first, panels, sums_ + r * stride);
-  }
-
- private:
-  i64 first_row(i64 block) const { return block * a_.num_rows / plan_.num_blocks; }
-
-  void multiply_panel(i64 panel, float* sums, i64 stride) {
-    const auto* weight =
-        static_cast<const std::uint32_t*>(a_.weight) + panel * plan_.num_words * kPanel;
-    for (i64 b = 0; b < plan_.num_blocks; ++b) {
-      const i64 row = first_row(b), rows = first_row(b + 1) - row;
-      // Blocks of one product may differ by a row, but not in their places.
-      multiply_pairs_rows(rows, rows_ + b * plan_.block_words(), weight, plan_.num_words, b == 0,
-                          sums + row * stride, stride);
+  void run(i64 index, Emit emit) {
+    take_chunk(index / plan_.num_pieces);
+    const i64 first = index % plan_.num_pieces * plan_.piece_panels;
+    const i64 after = first + plan_.piece_panels, end = after < num_panels_ ? after : num_panels_;
+    for (i64 panel = first; panel < end; panel += kPairPanels) {
+      const i64 panels = end - panel < kPairPanels ? end - panel : kPairPanels;
+      for (i64 p = 0; p < panels; ++p) multiply_panel(panel + p, sums_ + p * kPanel);
+      for (i64 r = 0; r < num_rows_; ++r) emit(row_ + r, panel, panels, sums_ + r * kStride);
     }
   }
 
-  void take_rows(i64 block) {
-    const i64 row = first_row(block), num_rows = first_row(block + 1) - row;
+ private:
+  static constexpr i64 kStride = kPairPanels * kPanel;
+
+  void take_chunk(i64 chunk) {
+    if (chunk == chunk_) return;
+    chunk_ = chunk;
+    row_ = chunk * a_.num_rows / plan_.num_chunks;
+    num_rows_ = (chunk + 1) * a_.num_rows / plan_.num_chunks - row_;
+    for (i64 b = 0; b < plan_.num_blocks; ++b) take_block(b);
+  }
+
+  // Of a chunk.
+  i64 first_row(i64 block) const { return block * num_rows_ / plan_.num_blocks; }
+
+  void take_block(i64 block) {
+    const i64 first_of_block = first_row(block), num_rows = first_row(block + 1) - first_of_block;
     std::uint32_t* to = rows_ + block * plan_.block_words();
-    const bf16* from = static_cast<const bf16*>(a_.x) + row * a_.row_stride;
-    if (num_rows == 1) return widen_row(from, a_.num_inputs, plan_.num_words, to);
+    const bf16* from = static_cast<const bf16*>(a_.x) + (row_ + first_of_block) * a_.row_stride;
+    if (plan_.places == 1) return widen_row(from, a_.num_inputs, plan_.num_words, to);
     const i64 num_whole = a_.num_inputs / 2;
     for (i64 first = 0; first < num_rows; first += kPanel) {
       const char* rows[kPanel] = {};
@@ -116,25 +129,37 @@ class PairWorker {
     }
   }
 
+  void multiply_panel(i64 panel, float* sums) {
+    const auto* weight =
+        static_cast<const std::uint32_t*>(a_.weight) + panel * plan_.num_words * kPanel;
+    for (i64 b = 0; b < plan_.num_blocks; ++b) {
+      const i64 row = first_row(b), rows = first_row(b + 1) - row;
+      multiply_pairs_rows(rows, plan_.places, rows_ + b * plan_.block_words(), weight,
+                          plan_.num_words, b == 0, sums + row * kStride);
+    }
+  }
+
   const PackedLinearArgs& a_;
   const PairPlan& plan_;
   const i64 num_panels_;
-  std::uint32_t* rows_;  // [block][word][place]
+  i64 chunk_ = -1, row_ = 0, num_rows_ = 0;  // rows: of the chunk
+  std::uint32_t* rows_;                      // [block][word][place]
   float* sums_;
 };
 
 template <class Emit>
-bool pair_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
-  const PairPlan plan(a, num_panels, unit);
+bool pair_product(const PackedLinearArgs& a, i64 num_panels, Emit emit) {
+  const PairPlan plan(a, num_panels);
+  const i64 num_pieces = plan.num_chunks * plan.num_pieces;
   i64 next = 0;
   bool has_memory = true;
   auto body = [&](i64) {
-    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes(a.num_rows)));
+    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes()));
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     PairWorker worker(a, plan, num_panels, memory);
     for (;;) {
       const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (index >= plan.num_pieces) return;
+      if (index >= num_pieces) return;
       worker.run(index, emit);
     }
   };
