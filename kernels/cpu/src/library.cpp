@@ -51,7 +51,9 @@ struct NamedLevel {
 }
 
 [[maybe_unused]] bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  // Whatever has the one has the other.
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 // The tiles' registers are large: the processor has them, the system saves them, and it must be asked
