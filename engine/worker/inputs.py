@@ -56,6 +56,8 @@ class StepInputs:
     """`slots`, on the device."""
     draws: Tensor
     """[S, DRAW_WORDS]: how they are sampled; of a decode step [T, DRAW_WORDS], padding greedily."""
+    is_plain: bool
+    """What is drawn is all that is asked for, of logits as they are."""
     is_decode: bool
     """Every row is one token, and is sampled after, or is padding."""
 
@@ -213,6 +215,7 @@ class InputBuffers:
             lengths=lengths,
             sampled_slots=self._sampled_slots.on_device(len(slots)),
             draws=self._draws.on_device(num_rows if is_decode else len(slots)),
+            is_plain=bool(self._tables.is_plain[slots].all()),
             is_decode=is_decode,
         )
         self._staging.fence()

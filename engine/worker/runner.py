@@ -104,7 +104,7 @@ class Runner:
         draws = inputs.draws
         if len(token_ids) > num_sampled:  # filled up
             logits, token_ids, draws = (t[:num_sampled] for t in (logits, token_ids, draws))
-        if self._tables.is_plain[inputs.slots].all():
+        if inputs.is_plain:
             return Samples(token_ids, None)
         if self._last is not None and self._tables.reads_tokens[inputs.slots].any():
             self._last.land()

@@ -32,7 +32,7 @@ def booted(graphs: FakeGraphs | None, monkeypatch: pytest.MonkeyPatch) -> Engine
 def inputs_of(num_rows: int, is_decode: bool = True) -> StepInputs:
     ids, nothing = torch.arange(num_rows, dtype=torch.int32), np.zeros(0, dtype=np.int32)
     batch = AttentionBatch(ids, ids, ids, ids, ids)
-    return StepInputs(ids, batch, ids, nothing, nothing, ids, ids, is_decode)
+    return StepInputs(ids, batch, ids, nothing, nothing, ids, ids, True, is_decode)
 
 
 def decodes_with(graphs: FakeGraphs, max_num_rows: int) -> GraphedDecodes:
