@@ -63,6 +63,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _why_nothing(folder: Path) -> str:
+    if not folder.is_dir():
+        return (
+            f"there is no folder {folder}; a model is a checkpoint's folder, hf://org/name, or the "
+            "https:// or s3:// address of such a folder"
+        )
     others = sorted(
         p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"}
     )

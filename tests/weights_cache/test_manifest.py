@@ -116,6 +116,11 @@ def test_every_truncation_of_a_real_file_is_refused(tmp_path: Path) -> None:
         check_refusal(lambda: read_manifest(tmp_path), SINGLE_NAME)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere; a model is"):
+        read_manifest(tmp_path / "nowhere")
+
+
 def test_other_formats_are_named(tmp_path: Path) -> None:
     check_refusal(lambda: read_manifest(tmp_path), str(tmp_path), SINGLE_NAME, INDEX_NAME)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
