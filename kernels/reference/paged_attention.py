@@ -173,9 +173,8 @@ class Batch:
 
     def _tables(self, inputs: Inputs, num_blocks: list[int]) -> torch.Tensor:
         num_all = sum(num_blocks) + 2
-        block_ids = inputs.permutation(num_all)
-        if not self.is_scattered:
-            block_ids = inputs.ints(list(range(num_all)))
+        ascending = inputs.ints(list(range(num_all)))
+        block_ids = inputs.permutation(num_all) if self.is_scattered else ascending
         tables = inputs.ints([0]).repeat(len(num_blocks), max(num_blocks, default=0) + 1)
         for r, end in enumerate(accumulate(num_blocks)):
             tables[r, : num_blocks[r]] = block_ids[end - num_blocks[r] : end]

@@ -8,13 +8,6 @@
 constexpr int kMaxDotSums = LANES == 16 ? 28 : 14;
 constexpr int kKeysAtOnce = 4;  // values in a step of a pass
 
-// Places in a row of weights for `num_queries` of them.
-constexpr int places_for(int num_queries) {
-  int places = 1;
-  while (places < num_queries) places *= 2;
-  return places;
-}
-
 // The scales of one head in a tile of int8.
 class HeadScales {
  public:
@@ -139,7 +132,7 @@ class DirectRun : public DirectWalk<C> {
   // weights_[key][place] = products of the tile's keys with the queries.
   template <int Queries>
   __attribute__((noinline)) void score(const std::uint32_t* queries) {
-    constexpr int kPlaces = places_for(Queries), kKeys = kLanes / kPlaces;
+    constexpr int kPlaces = power_of_two_from(Queries), kKeys = kLanes / kPlaces;
     constexpr int kGroups = 2 * kKeys * Queries <= kMaxDotSums ? 2 : 1;  // of keys, if registers do
     Fetcher<C> keys_ahead = keys_ahead_;
     const i64 num_slots = tile().num_slots, offset = offset_;
@@ -177,7 +170,7 @@ class DirectRun : public DirectWalk<C> {
   // One value per query, again and again over the lanes.
   template <int Queries>
   static vf in_places(const float* values) {
-    constexpr int kPlaces = places_for(Queries);
+    constexpr int kPlaces = power_of_two_from(Queries);
     float lanes[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane) {
       if (lane % kPlaces < Queries) lanes[lane] = values[lane % kPlaces];
@@ -197,7 +190,7 @@ class DirectRun : public DirectWalk<C> {
   // Turns scores into weights, and finds the factors of what there was before.
   template <int Queries>
   void weigh(i64 head) {
-    constexpr int kPlaces = places_for(Queries);
+    constexpr int kPlaces = power_of_two_from(Queries);
     const i64 size = tile().num_slots * kPlaces;
     for (i64 i = tile().num_keys * kPlaces; i < size; ++i) weights_[i] = -kInfinity;
     vf highest = splat(-kInfinity);
@@ -228,7 +221,7 @@ class DirectRun : public DirectWalk<C> {
   template <int Queries>
   void add_values(i64 head, bool is_first) {
     constexpr int kBlocks = (Queries + kMaxValueRows - 1) / kMaxValueRows;
-    constexpr int kPlaces = places_for(Queries), kRows = Queries / kBlocks;
+    constexpr int kPlaces = power_of_two_from(Queries), kRows = Queries / kBlocks;
     static_assert(kBlocks <= 2, "");
     num_passes_ = num_passes<kRows>();
     if constexpr (kBlocks == 2) num_passes_ += num_passes<Queries - kRows>();

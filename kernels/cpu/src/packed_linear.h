@@ -1,13 +1,25 @@
 // The operations over panels: products, finished as they leave; packing; rows of a packed table.
 // Included by each level_*.cpp after packed_pairs.h; see there.
 
+// How a level multiplies T.
+template <class T>
+struct Product {
+  using Plan = PackedPlan<T>;
+  using Worker = PackedWorker<T>;
+};
+
+#if HAS_BF16_DOT && !HAS_AMX
+template <>
+struct Product<bf16> {
+  using Plan = PairPlan;
+  using Worker = PairWorker;
+};
+#endif
+
 template <class T, class Emit>
 bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
   if (a.num_rows == 0) return true;
-#if HAS_BF16_DOT && !HAS_AMX
-  if constexpr (Words<T>::kPairs) return pair_product(a, num_panels, emit);
-#endif
-  const PackedPlan<T> plan(a, num_panels, unit);
+  const typename Product<T>::Plan plan(a, num_panels, unit);
   const i64 num_pieces = plan.num_chunks * plan.num_pieces;
   i64 next = 0;
   bool has_memory = true;
@@ -16,7 +28,7 @@ bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit em
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     const std::conditional_t<UsesTiles<T>::value, TileSession, char> session = {};
     (void)session;
-    PackedWorker<T> worker(a, plan, num_panels, memory);
+    typename Product<T>::Worker worker(a, plan, num_panels, memory);
     for (;;) {
       const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (index >= num_pieces) return;

@@ -12,25 +12,20 @@ constexpr i64 kBlockPairRows = 16;  // of each of several blocks
 constexpr i64 kPairPanels = 2;      // that leave together: the units of products, a line of outputs
 constexpr i64 kChunkBytes = 1 << 20;  // of rows, that meet a panel in turn
 
-constexpr i64 places_of(i64 rows) {
-  i64 places = 1;
-  while (places < rows) places *= 2;
-  return places;
-}
-
 struct PairPlan {
   i64 num_words, places;  // of a block's rows side by side
   i64 chunk_rows, num_chunks, num_blocks;
   i64 piece_panels, num_pieces;  // of one chunk
 
-  PairPlan(const PackedLinearArgs& a, i64 num_panels)
+  // Panels that must not be parted leave together anyway.
+  PairPlan(const PackedLinearArgs& a, i64 num_panels, i64 /*unit*/)
       : num_words(PackedShape<bf16>::num_words(a.num_inputs)) {
     const i64 fitting = kChunkBytes / (num_words * 4) / kBlockPairRows * kBlockPairRows;
     const i64 most = fitting < kOneBlockRows ? kOneBlockRows : fitting;
     num_chunks = divide_up(a.num_rows, most);
     chunk_rows = divide_up(a.num_rows, num_chunks);
     num_blocks = chunk_rows <= kOneBlockRows ? 1 : divide_up(chunk_rows, kBlockPairRows);
-    places = places_of(divide_up(chunk_rows, num_blocks));
+    places = power_of_two_from(divide_up(chunk_rows, num_blocks));
     const i64 wanted = num_panels * num_chunks / (2 * kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
     piece_panels = round_up(few, kPairPanels);
@@ -64,7 +59,7 @@ template <int Rows = kOneBlockRows>
 void multiply_pairs_rows(i64 rows, i64 places, const std::uint32_t* x, const std::uint32_t* weight,
                          i64 num_words, bool fetches, float* sums) {
   if constexpr (Rows > 0) {
-    constexpr int kPlaces = places_of(Rows);
+    constexpr int kPlaces = power_of_two_from(Rows);
     if (rows != Rows) {
       return multiply_pairs_rows<Rows - 1>(rows, places, x, weight, num_words, fetches, sums);
     }
@@ -146,25 +141,5 @@ class PairWorker {
   std::uint32_t* rows_;                      // [block][word][place]
   float* sums_;
 };
-
-template <class Emit>
-bool pair_product(const PackedLinearArgs& a, i64 num_panels, Emit emit) {
-  const PairPlan plan(a, num_panels);
-  const i64 num_pieces = plan.num_chunks * plan.num_pieces;
-  i64 next = 0;
-  bool has_memory = true;
-  auto body = [&](i64) {
-    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes()));
-    if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
-    PairWorker worker(a, plan, num_panels, memory);
-    for (;;) {
-      const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (index >= num_pieces) return;
-      worker.run(index, emit);
-    }
-  };
-  parallel(num_threads(), 1, body);
-  return has_memory;
-}
 
 #endif

@@ -19,6 +19,12 @@ struct bf16 {
 
 inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
 
+constexpr int power_of_two_from(i64 value) {
+  int power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
 inline i64 round_up(i64 value, i64 multiple) { return divide_up(value, multiple) * multiple; }
 
 template <int... I, class Body>
