@@ -18,6 +18,7 @@ from .engine.lean_torch import has_cuda_driver
 from .engine.worker.load import dtype_name
 from .engine.worker.memory import available_bytes
 from .kernels.cpu import native
+from .kernels.flash.paged_attention import installed as flash_versions
 from .kernels.table import bind, implementations
 from .server.config import DEMO_MODEL, cache_root
 
@@ -83,7 +84,9 @@ def devices() -> list[Finding]:
     device = auto_device()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return [Finding("device", "auto", f"cuda: {name}", "a usable CUDA device was found")]
+        found = Finding("device", "auto", f"cuda: {name}", "a usable CUDA device was found")
+        versions = ", ".join(version.module for version in flash_versions()) or "not installed"
+        return [found, Finding("device", "flash-attn", versions, "the first that suits is used")]
     why = "this torch has no CUDA" if torch.version.cuda is None else "no usable CUDA device"
     num_threads = min(torch.get_num_threads(), usable_cpus())
     why_so_many = "one for each core that may be used"
@@ -110,7 +113,7 @@ def kernels() -> list[Finding]:
     for dtype in (torch.bfloat16, torch.float32):
         for op, choice in bind(device, dtype).choices.items():
             usable = [i for i in implementations(op) if i.supported(device, dtype)]
-            others = [i.name for i in usable if i.name != choice]
+            others = [i.name for i in usable if i.name not in choice.split()]
             why = f"also there: {', '.join(others)}" if others else "the only one"
             findings.append(Finding(f"operations in {dtype_name(dtype)}", op, choice, why))
     return findings

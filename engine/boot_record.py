@@ -19,7 +19,15 @@ TEXT_PHASE = "read_text"
 """Behind the engine's last phase: what the front still needed for the tokenizer."""
 
 LOADING_PHASES = frozenset(
-    {"fetch", "load_weights", "bind_kernels", "allocate_kv", "capture_graphs", "await_weights"}
+    {
+        "fetch",
+        "load_weights",
+        "bind_kernels",
+        "measure_memory",
+        "allocate_kv",
+        "capture_graphs",
+        "await_weights",
+    }
 )
 WARMING_PHASES = frozenset({"warm"})
 

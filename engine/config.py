@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     attention: str = "auto"
     """Where attention is taken from, of the folders in kernels/; auto: the first that can."""
+    prompt_attention: str = "auto"
+    """The same, of prompts alone; auto: as `attention` says."""
     deterministic: bool = False
     """A request's tokens are the same whatever else runs."""
     prefix_cache: bool = True

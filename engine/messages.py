@@ -129,6 +129,11 @@ class ModelFacts(msgspec.Struct, frozen=True):
     weights: WeightsFacts = WeightsFacts()
     quantisation: str = ""
     """How the checkpoint's matrices are quantised; empty: they are not."""
+    card: str = ""
+    """The device's name, where it has one."""
+    graph_bytes: int = 0
+    activation_bytes: int = 0
+    """Of the card, beside weights and cache, as a first boot measured it; see rehearsal.py."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,9 @@
 """The only dispatch: operation -> implementations, best first; chosen once, at load.
 
 Three questions, kept apart: can it run here (`supported`), can it take these arguments (`accepts`),
-is it preferred (its place in the table). None reads the environment. Knows no engine.
+is it preferred (its place in the table). Attention is chosen for prompts and for decodes, and is
+asked a fourth: is it made for them on this device (`suits`). None reads the environment. Knows no
+engine.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rope_store_kv": ("triton", "cpu", "reference"),
     "rope_store_kv_int8": ("triton", "cpu", "reference"),
     "silu_mul": ("triton", "cpu", "reference"),
-    "paged_attention": ("invariant", "flash", "triton", "cpu", "reference"),
+    "paged_attention": ("invariant", "flash", "pytorch", "triton", "cpu", "reference"),
     "paged_attention_int8": ("invariant", "triton", "cpu", "reference"),
     "linear": ("invariant", "cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
@@ -37,16 +39,34 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 ATTENTION = ("paged_attention", "paged_attention_int8")
 
+DECODES = {"paged_attention": ("invariant", "flash", "triton", "pytorch", "cpu", "reference")}
+"""Where decodes prefer another order than prompts."""
+
 INVARIANT = "invariant"
 """Taken only where a row must not depend on what is beside it; on a CPU all of `cpu` are such."""
 
-DEVICES = {"invariant": "cuda", "flash": "cuda", "triton": "cuda", "cpu": "cpu"}
+DEVICES = {
+    "invariant": "cuda",
+    "flash": "cuda",
+    "pytorch": "cuda",
+    "triton": "cuda",
+    "cpu": "cpu",
+}
 """Of a folder: for other devices its modules, and what they need, are not even imported."""
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """What is asked for: folders, or `auto`. `prompts`: auto is what is asked for of decodes."""
+
+    decodes: str = "auto"
+    prompts: str = "auto"
+    block_size: int = 16
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
-    """One callable per operation; `reference/` defines each. `choices`: operation -> folder."""
+    """One callable per operation; `reference/` defines each."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -62,6 +82,9 @@ class Kernels:
     quantized_linear: Callable[..., Tensor]
     sample: Callable[[Tensor, Tensor], Tensor]
     choices: dict[str, str]
+    """Operation -> folder; of attention, where they differ, that of prompts and that of decodes."""
+    on_reference: frozenset[str]
+    """Operations that a decode step takes from the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +110,11 @@ class Implementation:
     def accepts(self, *args: object) -> bool:
         return self.name == "reference" or self.module().accepts(*args)
 
+    def suits(self, device: torch.device, is_decode: bool, block_size: int) -> bool:
+        """Of attention that is supported: most is made for all prompts and all decodes."""
+        suits = getattr(self.module(), "suits", None)
+        return suits is None or bool(suits(device, is_decode, block_size))
+
 
 def implementations(op: str) -> list[Implementation]:
     """All implementations of `op`, best first, whether or not they run here."""
@@ -94,34 +122,77 @@ def implementations(op: str) -> list[Implementation]:
 
 
 def bind(
-    device: torch.device, dtype: torch.dtype, is_invariant: bool = False, attention: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    is_invariant: bool = False,
+    attention: Attention = Attention(),
 ) -> Kernels:
     """Choose for `device` and `dtype`. Arguments that the choice does not accept go to the next.
 
-    `attention` names the folder that attention is taken from; ValueError where it cannot be.
+    ValueError where attention cannot be taken from what `attention` names.
 
     Native code uses as many threads as torch does at this moment.
     """
     native.set_num_threads(torch.get_num_threads())
     left_out = "" if is_invariant else INVARIANT
     usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
-    if attention != "auto":
-        usable |= _attention_from(attention, usable)
-    functions = {op: _chained(ordered) for op, ordered in usable.items()}
-    return Kernels(**functions, choices={op: ordered[0].name for op, ordered in usable.items()})
+    prompts = usable | _attention_from(attention, usable, device, is_decode=False)
+    decodes = usable | _attention_from(attention, usable, device, is_decode=True)
+    return Kernels(
+        **{op: _by_phase(prompts[op], decodes[op]) for op in TABLE},
+        choices={op: _named(prompts[op][0].name, decodes[op][0].name) for op in TABLE},
+        on_reference=frozenset(op for op in TABLE if decodes[op][0].name == "reference"),
+    )
 
 
 def _attention_from(
-    name: str, usable: dict[str, list[Implementation]]
+    asked: Attention,
+    usable: dict[str, list[Implementation]],
+    device: torch.device,
+    is_decode: bool,
 ) -> dict[str, list[Implementation]]:
-    """Attention's operations without those that come before `name`, where they have it."""
-    names = [i.name for i in usable[ATTENTION[0]]]
+    """Attention's operations for one phase, without those that come before what is asked for."""
+    phase = "decodes" if is_decode else "prompts"
+    name = asked.decodes if is_decode or asked.prompts == "auto" else asked.prompts
+    ordered = {op: _ordered(usable[op], is_decode) for op in ATTENTION}
+    suiting = {
+        op: [i for i in ordered[op] if i.suits(device, is_decode, asked.block_size)]
+        for op in ordered
+    }
+    if name == "auto":
+        return suiting
+    names = [i.name for i in suiting[ATTENTION[0]]]
     if INVARIANT in names:
         raise ValueError(f"a row must not depend on others: only {INVARIANT} is such here")
     if name not in names:
-        raise ValueError(f"{name} cannot be used here; what can: {', '.join(names)}")
+        raise ValueError(
+            f"{name} cannot be used here for {phase} in blocks of {asked.block_size}; what can: "
+            f"{', '.join(names)}"
+        )
     passed_over = names[: names.index(name)]
-    return {op: [i for i in usable[op] if i.name not in passed_over] for op in ATTENTION}
+    return {op: [i for i in suiting[op] if i.name not in passed_over] for op in ATTENTION}
+
+
+def _ordered(usable: list[Implementation], is_decode: bool) -> list[Implementation]:
+    order = DECODES.get(usable[0].op) if is_decode else None
+    return sorted(usable, key=lambda i: order.index(i.name)) if order else usable
+
+
+def _named(prompts: str, decodes: str) -> str:
+    return decodes if prompts == decodes else f"{prompts} (prompts), {decodes} (decodes)"
+
+
+def _by_phase(prompts: list[Implementation], decodes: list[Implementation]) -> Callable[..., Any]:
+    for_prompts = _chained(prompts)
+    if prompts == decodes:
+        return for_prompts
+    for_decodes = _chained(decodes)
+
+    def bound(q: Tensor, *args: Any) -> object:
+        *_, context_lens, _scale, _sliding_window = args
+        return (for_decodes if len(q) == len(context_lens) else for_prompts)(q, *args)
+
+    return bound
 
 
 def _usable(op: str, device: torch.device, dtype: torch.dtype) -> list[Implementation]:

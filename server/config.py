@@ -52,6 +52,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_bytes: int = 0
     block_size: int = 16
     attention: str = "auto"
+    prompt_attention: str = "auto"
     deterministic: bool = False
     prefix_cache: bool = True
     speculative: str = "auto"
@@ -83,6 +84,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             gpu_memory_bytes=self.gpu_memory_bytes,
             block_size=self.block_size,
             attention=self.attention,
+            prompt_attention=self.prompt_attention,
             deterministic=self.deterministic,
             prefix_cache=self.prefix_cache,
             speculative=self.speculative,

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from ..engine.logs import LEVELS
 
+ATTENTION = ("flash", "pytorch", "triton", "cpu", "reference")
+"""Folders of kernels/ that have it, without the one that --deterministic asks for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -144,8 +147,15 @@ OPTIONS = (
         "attention",
         "capacity",
         "whose attention: auto: the first of these that can be used (`pilotlight doctor` says "
-        "which); flash: flash-attn, if it is installed; triton; cpu; reference: PyTorch, slow",
-        choices=("auto", "flash", "triton", "cpu", "reference"),
+        "which); flash: flash-attn, if it is installed; pytorch: the flash kernels inside PyTorch; "
+        "triton; cpu; reference: plain PyTorch, slow",
+        choices=("auto", *ATTENTION),
+    ),
+    Option(
+        "prompt_attention",
+        "capacity",
+        "the same for prompts alone; auto: as --attention says",
+        choices=("auto", *ATTENTION),
     ),
     Option(
         "deterministic",

@@ -19,6 +19,9 @@ from ..step import Step
 from .slots import SlotTables
 from .staging import Staging
 
+LONG_CONTEXT = 32768
+"""Tokens: for longer ones no kernel sets aside more."""
+
 
 class Buffer:
     """A host array and the device tensor that follows it; on a CPU they are one memory."""
@@ -110,7 +113,7 @@ class InputBuffers:
             slots, starts, counts, samples = _token_by_token(slots, starts, counts, samples)
         num_rows, num_tokens = len(slots), int(counts.sum())
         self._staging.wait()
-        self._fill_rows(slots, starts, counts)
+        num_blocks = self._fill_rows(slots, starts, counts)
         self._fill_tokens(slots, starts, counts, num_tokens)
         chosen = np.flatnonzero(samples)
         self._sampled.host[: len(chosen)] = self._query_start.host[1:][chosen] - 1
@@ -121,6 +124,9 @@ class InputBuffers:
         sampled, lengths = slots[chosen], (starts + counts)[chosen]
         self._draw_rows[: len(sampled)] = self._tables.draws_at(sampled, lengths)
         inputs = self._staged(num_tokens, num_rows, sampled, lengths, is_decode)
+        if not is_decode:  # what kernels set aside, or share out, goes by the tables' width
+            narrow = inputs.batch.block_tables[:, :num_blocks]
+            inputs = replace(inputs, batch=replace(inputs.batch, block_tables=narrow))
         self._put_newest(inputs.token_ids[:num_awaiting])
         self._last = inputs if is_decode and not step.drafted else None
         return inputs
@@ -180,6 +186,29 @@ class InputBuffers:
         nothing = np.zeros(0, dtype=np.int32)
         return self._staged(num_rows, num_rows, nothing, nothing, is_decode=True)
 
+    def largest(self) -> StepInputs:
+        """A step of padding alone: as many tokens of prompts, and as often sampled, as may be.
+
+        The last prompt is a late part of a long one, for which kernels set aside most.
+        """
+        self._last = None
+        self._staging.wait()
+        most_keys = self._block_tables.host.shape[1] * self._block_size
+        num_rows = min(-(-len(self._token_ids.host) // most_keys), len(self._context_lens.host))
+        num_tokens = min(len(self._token_ids.host), num_rows * most_keys)
+        self._pad(0, num_rows)
+        starts = np.minimum(self._token_index[: num_rows + 1] * most_keys, num_tokens)
+        self._query_start.host[: num_rows + 1] = starts
+        self._context_lens.host[:num_rows] = np.diff(starts)
+        self._context_lens.host[num_rows - 1] = min(most_keys, max(num_tokens, LONG_CONTEXT))
+        self._token_ids.host[:num_tokens] = self._positions.host[:num_tokens] = 0
+        self._slot_mapping.host[:num_tokens] = -1
+        num_sampled = min(len(self._sampled.host), num_tokens)
+        self._sampled.host[:num_sampled] = self._token_index[:num_sampled]
+        self._draws.host[:num_sampled] = 0
+        nothing = np.zeros(num_sampled, dtype=np.int32)
+        return self._staged(num_tokens, num_rows, nothing, nothing, is_decode=False)
+
     def _pad(self, begin: int, end: int) -> int:
         """Rows of one token at position 0, in nobody's block, and no cell to be stored in."""
         self._token_ids.host[begin:end] = 0
@@ -221,7 +250,8 @@ class InputBuffers:
         self._staging.fence()
         return inputs
 
-    def _fill_rows(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+    def _fill_rows(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> int:
+        """The most blocks that one of them has."""
         num_rows = len(slots)
         np.cumsum(counts, out=self._query_start.host[1 : num_rows + 1])
         lengths = starts + counts
@@ -229,6 +259,7 @@ class InputBuffers:
         num_blocks = -(-int(lengths.max()) // self._block_size)
         tables = self._tables.block_ids
         self._block_tables.host[:num_rows, :num_blocks] = tables[slots, :num_blocks]
+        return num_blocks
 
     def _fill_tokens(
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, num_tokens: int

@@ -45,29 +45,30 @@ def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     return 2 * model.num_layers * model.num_kv_heads * head_bytes * block_size
 
 
+def smallest_plan(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KvPlan:
+    """One block, for sequences as long as there may be: nothing can be kept in it."""
+    one_block = block_bytes(model, config.block_size, dtype)
+    return KvPlan(1, config.block_size, one_block, _wanted_len(config, model))
+
+
 def plan_kv_cache(
     config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     last: LastPlan | None = None,
-    item_bytes: int = 4,
+    working_bytes: int = 0,
 ) -> KvPlan:
     """Sizes the cache: what was asked for, else what the machine has, never more than is of use.
 
     A context length that was asked for must fit, or NotEnoughMemory; one chosen here shrinks to
-    what fits. The last boot's size is kept where it still fits. `dtype` is the cache's,
-    `item_bytes` those of a number that the model computes.
+    what fits. The last boot's size is kept where it still fits. `dtype` is the cache's; steps take
+    `working_bytes` beside it.
     """
     one_block = block_bytes(model, config.block_size, dtype)
-    wanted_len = config.max_model_len or model.max_position_embeddings
-    if config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}: this model's positions end at "
-            f"{model.max_position_embeddings}"
-        )
+    wanted_len = _wanted_len(config, model)
     useful = config.max_num_seqs * _num_blocks(wanted_len, config.block_size)
-    budget = config.kv_cache_bytes or cache_budget(config, model, device, item_bytes)
+    budget = config.kv_cache_bytes or cache_budget(config, model, device, working_bytes)
     fitting = budget // one_block
     if last is not None and last.num_blocks <= min(useful, fitting):
         return KvPlan(last.num_blocks, config.block_size, one_block, last.context_len)
@@ -77,6 +78,15 @@ def plan_kv_cache(
     if is_too_short or context_len < 2:
         raise _not_enough(config, wanted_len, one_block, budget)
     return KvPlan(num_blocks, config.block_size, one_block, context_len)
+
+
+def _wanted_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}: this model's positions end at "
+            f"{model.max_position_embeddings}"
+        )
+    return config.max_model_len or model.max_position_embeddings
 
 
 def _num_blocks(num_tokens: int, block_size: int) -> int:

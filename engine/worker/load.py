@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from msgspec.structs import replace
 
-from ...kernels.table import Kernels, bind
-from ..boot_report import BootReport
+from ...kernels.table import Attention, Kernels, bind
+from ..boot_report import BootReport, Unheard
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..found_weights import FoundWeights
@@ -25,9 +25,10 @@ from ..models.recipes import recipes
 from ..models.weights import ModelWeights
 from ..speculation import MAX_STEP_ROWS
 from .graphs import GraphBackend
-from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache
+from .kv_cache import KvPlan, allocate, cache_dtype, plan_kv_cache, smallest_plan
 from .loading import begin_loading
 from .memory import GIB, card_memory, check_weights_fit
+from .rehearsal import WorkingMemory, meter_for, rehearse
 from .runner import Runner
 from .staging import staging_for
 
@@ -64,7 +65,8 @@ def load_runner(
         loading.abandon()
         raise
     runner, facts = made
-    _log_memory(device, found.num_bytes, facts.kv_cache_bytes)
+    if device.type == "cuda":
+        _log_memory(found.num_bytes, facts)
     return runner, replace(facts, weights=weights_facts)
 
 
@@ -81,20 +83,20 @@ def _made_ready(
     model, dtype = found.model, DTYPES[found.target.dtype]
     report("bind_kernels", 0, 0, f"{device.type}, {found.target.dtype}")
     try:
-        kernels = bind(device, dtype, config.deterministic, config.attention)
+        kernels = bind(device, dtype, config.deterministic, _attention_of(config))
     except ValueError as error:
-        raise ConfigError(f"attention is {config.attention!r}: {error}") from error
+        asked = f"attention is {config.attention!r}, prompt_attention {config.prompt_attention!r}"
+        raise ConfigError(f"{asked}: {error}") from error
     kv_dtype = cache_dtype(config, dtype)
     _check_cache(kv_dtype, device)
-    graphs = _graphs_for(device, kernels, kv_dtype)
-    report("allocate_kv", 0, 0, "")
-    last = read_plan(found, config)
-    plan = plan_kv_cache(config, model, device, kv_dtype, last, dtype.itemsize)
-    with torch.inference_mode():
+
+    def runner_over(plan: KvPlan, report: BootReport) -> Runner:
+        report("allocate_kv", 0, 0, "")
+        graphs = _graphs_for(device, kernels, kv_dtype)
         caches = allocate(plan, model, device, kv_dtype, int(graphs is not None))
         if graphs is not None:
             report("capture_graphs", 0, 0, "")
-        runner = Runner(
+        return Runner(
             Decoder(model, weights, kernels, plan.context_len, pulse),
             caches,
             context_len=plan.context_len,
@@ -106,7 +108,33 @@ def _made_ready(
             graphs=graphs,
             runs_ahead=runs_ahead,
         )
-    return runner, _facts(found, kernels, plan, kv_dtype)
+
+    card = card_name(device)
+    last = read_plan(found, config, card)
+    with torch.inference_mode():
+        if last is not None:
+            working = WorkingMemory(last.graph_bytes, last.activation_bytes)
+        else:
+            smallest = smallest_plan(config, model, kv_dtype)
+            working = _rehearsed(config, device, report, lambda: runner_over(smallest, Unheard()))
+        plan = plan_kv_cache(config, model, device, kv_dtype, last, working.num_bytes)
+        runner = runner_over(plan, report)
+    return runner, _facts(found, kernels, plan, kv_dtype, card, working)
+
+
+def _rehearsed(
+    config: EngineConfig, device: torch.device, report: BootReport, make: Callable[[], Runner]
+) -> WorkingMemory:
+    """Nothing where nothing depends on it. `make`: a runner whose cache is next to nothing."""
+    meter = meter_for(device)
+    if meter is None or config.kv_cache_bytes:
+        return WorkingMemory(0, 0)
+    report("measure_memory", 0, 0, "")
+    return rehearse(make, meter)
+
+
+def _attention_of(config: EngineConfig) -> Attention:
+    return Attention(config.attention, config.prompt_attention, config.block_size)
 
 
 def _check_cache(kv_dtype: torch.dtype, device: torch.device) -> None:
@@ -124,13 +152,12 @@ def _check_cache(kv_dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def _log_memory(device: torch.device, weight_bytes: int, cache_bytes: int) -> None:
-    if device.type == "cuda":
-        others = torch.cuda.memory_reserved(device) - weight_bytes - cache_bytes
-        parts = (weight_bytes / GIB, cache_bytes / GIB, others / GIB)
-        logger.info(
-            "GiB of the card: weights %.2f, KV cache %.2f, graphs and the rest %.2f", *parts
-        )
+def _log_memory(weight_bytes: int, facts: ModelFacts) -> None:
+    parts = (weight_bytes, facts.kv_cache_bytes, facts.graph_bytes, facts.activation_bytes)
+    logger.info(
+        "GiB of the card: weights %.2f, KV cache %.2f, graphs %.2f, activations %.2f",
+        *(num_bytes / GIB for num_bytes in parts),
+    )
 
 
 def _graphs_for(
@@ -142,7 +169,7 @@ def _graphs_for(
     suffix = "_int8" if kv_dtype is torch.int8 else ""
     # These, as the reference computes them, ask the host what is in their tensors.
     asking = (f"rope_store_kv{suffix}", f"paged_attention{suffix}")
-    on_reference = [op for op in asking if kernels.choices[op] == "reference"]
+    on_reference = [op for op in asking if op in kernels.on_reference]
     if on_reference:
         logger.info("decode steps run without graphs: no kernels for %s", ", ".join(on_reference))
         return None
@@ -160,6 +187,10 @@ def checked_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -171,7 +202,12 @@ def _set_threads(num_threads: int, device: torch.device) -> None:
 
 
 def _facts(
-    found: FoundWeights, kernels: Kernels, plan: KvPlan, kv_dtype: torch.dtype
+    found: FoundWeights,
+    kernels: Kernels,
+    plan: KvPlan,
+    kv_dtype: torch.dtype,
+    card: str,
+    working: WorkingMemory,
 ) -> ModelFacts:
     model, target = found.model, found.target
     listed = recipes(model, target.layout)
@@ -194,4 +230,7 @@ def _facts(
         kernels=kernels.choices,
         artefact=found.origin,
         quantisation=str(model.quantization) if model.quantized else "",
+        card=card,
+        graph_bytes=working.graph_bytes,
+        activation_bytes=working.activation_bytes,
     )

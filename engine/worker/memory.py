@@ -1,4 +1,4 @@
-"""How much memory one engine may take, and what it will take beside weights and cache.
+"""How much memory one engine may take, and what is left of it for the KV cache.
 
 Of a CUDA device it may take a share of the card, or so many bytes: two engines can share one. Of
 this machine's memory there is what is free within the cgroup. Knows no tensors of a model.
@@ -18,15 +18,14 @@ from ..models.config import ModelConfig
 HOST_FRACTION = 0.5
 """Of the memory left beside the weights: the rest is for activations and everybody else."""
 
-# Guesses, until a card has been asked.
 CONTEXT_BYTES = 600 << 20
-"""Of a CUDA context and its libraries, which torch does not count."""
+"""Of a CUDA context and its libraries, which torch does not count: a guess for all cards."""
 
-GRAPH_BYTES = 8 << 20
-"""Of one captured decode step; all share one pool of intermediate results."""
+LATER_GRAPH_BYTES = 8 << 20
+"""Of one captured after READY; what it computes lies where that of the others does."""
 
 LOGIT_COPIES = 4
-"""Of each sampled row, in fp32: where it was computed, changed, sorted and summed."""
+"""Of each sampled row, in fp32: where its logits are changed, and log probabilities taken."""
 
 GIB = float(1 << 30)
 
@@ -74,21 +73,17 @@ def check_weights_fit(num_bytes: int, config: EngineConfig, card: CardMemory) ->
         )
 
 
-def working_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
-    """Of the largest step's intermediate results, and of the graphs: an estimate from shapes."""
-    heads = model.num_heads + 2 * model.num_kv_heads
-    widths = 3 * model.hidden_size + (heads + model.num_heads) * model.head_dim
-    widths += 3 * model.intermediate_size
-    activations = config.max_batched_tokens * widths * item_bytes
-    logits = config.max_num_seqs * model.vocab_size * (item_bytes + 4 * LOGIT_COPIES)
-    return activations + logits + (4 + config.max_num_seqs // 8) * GRAPH_BYTES
+def later_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """What no rehearsal shows: graphs of more sizes, and logits that a request has changed."""
+    logits = config.max_num_seqs * model.vocab_size * 4 * LOGIT_COPIES
+    return logits + config.max_num_seqs // 8 * LATER_GRAPH_BYTES
 
 
 def cache_budget(
-    config: EngineConfig, model: ModelConfig, device: torch.device, item_bytes: int
+    config: EngineConfig, model: ModelConfig, device: torch.device, working_bytes: int
 ) -> int:
-    """For the KV cache, where nothing was asked for."""
+    """For the KV cache, where nothing was asked for; steps take `working_bytes` beside it."""
     if device.type != "cuda":
         return int(HOST_FRACTION * available_host_bytes())
     left = left_bytes(config, card_memory(device))
-    return max(0, left - working_bytes(config, model, item_bytes))
+    return max(0, left - working_bytes - later_bytes(config, model))

@@ -98,6 +98,11 @@ class Runner:
         self._last = Started(self._tables, inputs, samples.fetch(fetch), self._runs_ahead)
         return self._last
 
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Computes the largest step there may be, over padding: nothing is stored."""
+        self._computed(self._inputs.largest())
+
     def _sampled(self, inputs: StepInputs) -> Samples:
         logits, token_ids = self._decodes.run(inputs)
         num_sampled = len(inputs.slots)

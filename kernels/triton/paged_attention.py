@@ -98,7 +98,6 @@ def attend(
         scale * LOG2_E, q.stride(0), k_cache.stride(0), v_cache.stride(0),
         k_scales.stride(0), v_scales.stride(0), block_tables.stride(0),
         num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
-        triton.cdiv(max_keys, splits),
         GROUP=group, QUERIES=queries, ROWS=rows, KEYS=TILE_KEYS, WIDTH=width,
         IS_SPLIT=splits > 1, HAS_SCALES=scales is not None, STEPS=max(1, num_seqs.bit_length()),
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
@@ -123,7 +122,7 @@ def _attend(
     block_tables, query_start, context_lens,
     scale, q_stride, k_block_stride, v_block_stride, k_scale_stride, v_scale_stride, table_stride,
     num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
-    split_keys, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_SCALES: tl.constexpr, STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +147,7 @@ def _attend(
             first_key = tl.maximum(0, num_before + first_query - sliding_window + 1)
         end_key = num_before + tl.minimum(first_query + QUERIES, num_queries)
         if IS_SPLIT:
-            first_key = tl.maximum(first_key, split * split_keys)
-            end_key = tl.minimum(end_key, (split + 1) * split_keys)
+            first_key, end_key = _part_of(first_key, end_key, split, KEYS)
         most, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
         sums = tl.zeros((ROWS, WIDTH), tl.float32)
         table = block_tables + sequence * table_stride
@@ -178,6 +176,14 @@ def _attend(
             result = sums / tl.where(is_row, total, 1.0)[:, None]
             places = (token * num_heads + head)[:, None] * head_dim + dims[None, :]
             tl.store(out + places, result.to(queries.dtype), mask=inside)
+
+
+@triton.jit
+def _part_of(first_key, end_key, split, KEYS: tl.constexpr):
+    """Shared out by the sequence's own keys: tables are as wide as the longest there may be."""
+    num_tiles = tl.cdiv(tl.cdiv(end_key - first_key, KEYS), tl.num_programs(2))
+    begin = first_key + split * num_tiles * KEYS
+    return begin, tl.minimum(end_key, begin + num_tiles * KEYS)
 
 
 @triton.jit

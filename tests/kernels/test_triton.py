@@ -51,19 +51,19 @@ KERNELS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     ),
     "attend": (
         paged_attention._attend,
-        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 13],
         {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
          "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
     ),
     "attend-int8": (
         paged_attention._attend,
-        [X, I8, I8, F, F, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        [X, I8, I8, F, F, X, F, I32, I32, I32, "fp32", *[INT] * 13],
         {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
          "HAS_SCALES": True, "STEPS": 6, "PRECISION": "tf32"},
     ),
     "attend-prompts": (
         paged_attention._attend,
-        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        [X, X, X, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 13],
         {"GROUP": 7, "QUERIES": 9, "ROWS": 64, "KEYS": 32, "WIDTH": 64, "IS_SPLIT": False,
          "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
     ),
@@ -101,7 +101,7 @@ ON_HOPPER = {
     ),
     "attend-fp8": (
         paged_attention._attend,
-        [X, FP8, FP8, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 14],
+        [X, FP8, FP8, X, X, X, F, I32, I32, I32, "fp32", *[INT] * 13],
         {"GROUP": 4, "QUERIES": 4, "ROWS": 16, "KEYS": 32, "WIDTH": 128, "IS_SPLIT": True,
          "HAS_SCALES": False, "STEPS": 6, "PRECISION": "tf32"},
     ),

@@ -12,7 +12,7 @@ from pilotlight.engine.errors import NotEnoughMemory
 from pilotlight.engine.models.config import read_model_config
 from pilotlight.engine.worker import memory
 from pilotlight.engine.worker.kv_cache import plan_kv_cache
-from pilotlight.engine.worker.memory import CardMemory, check_weights_fit, left_bytes, working_bytes
+from pilotlight.engine.worker.memory import CardMemory, check_weights_fit, later_bytes, left_bytes
 
 DEMO = Path(pilotlight.__file__).parent / "demo" / "model"
 GIB = 1 << 30
@@ -50,10 +50,11 @@ def test_the_cache_gets_what_weights_and_steps_leave(monkeypatch: pytest.MonkeyP
     card = CardMemory(80 * GIB, free_bytes=60 * GIB, own_bytes=20 * GIB)
     monkeypatch.setattr(memory, "card_memory", lambda device: card)
     model = read_model_config(DEMO)
-    few = config(max_num_seqs=64)
-    assert memory.cache_budget(few, model, CUDA, 2) == 52 * GIB - working_bytes(few, model, 2)
-    many = config(max_num_seqs=64, max_batched_tokens=1 << 17)
-    assert memory.cache_budget(many, model, CUDA, 2) < memory.cache_budget(few, model, CUDA, 2)
+    few, many = config(max_num_seqs=64), config(max_num_seqs=512)
+    budget = memory.cache_budget(few, model, CUDA, working_bytes=3 * GIB)
+    assert budget == 49 * GIB - later_bytes(few, model)
+    assert memory.cache_budget(many, model, CUDA, working_bytes=3 * GIB) < budget
+    assert memory.cache_budget(few, model, CUDA, working_bytes=60 * GIB) == 0
 
 
 def test_a_cache_that_does_not_fit_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

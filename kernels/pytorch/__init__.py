@@ -1,0 +1,1 @@
+"""Operations by kernels that torch itself brings for a device."""
