@@ -37,7 +37,7 @@ from .metrics import EngineCollector, Metrics
 from .model_host import ModelHost
 from .model_text import ModelText
 from .ops import LoopPulse, OpsApp, OpsServer
-from .ports import GrpcPort
+from .ports import GrpcPort, address_of
 from .requests import RequestTable
 from .terminal import follow_boot
 from .timeline import startup_json
@@ -228,8 +228,8 @@ def _on_signal(number: signal.Signals, terminate: asyncio.Event) -> None:
 
 def announce(server: Server, config: ServeConfig) -> None:
     fields = {
-        "target": f"{config.host}:{server.port}",
-        "ops": f"http://{config.ops_host or config.host}:{server.ops_port}",
+        "target": address_of(config.host, server.port),
+        "ops": f"http://{address_of(config.ops_host or config.host, server.ops_port)}",
         **({"admin": f"{ADMIN_HOST}:{server.admin_port}"} if config.admin_port >= 0 else {}),
         "model": "" if config.standby else shown(config.model),
         "pid": os.getpid(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -100,12 +101,17 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 class OpsServer:
     """Bound at construction, or PortInUse; answers from `start` to `stop`."""
 
     def __init__(self, host: str, port: int, app: OpsApp) -> None:
         try:
-            self._server = make_server(host, port, app, _Server, _Handler)
+            kind = _Server6 if ":" in host else _Server
+            self._server = make_server(host, port, app, kind, _Handler)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise PortInUse(f"--ops-port {port}: cannot bind {host}: {error}") from error

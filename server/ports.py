@@ -25,13 +25,18 @@ GRPC_OPTIONS = (
 )
 
 
+def address_of(host: str, port: int) -> str:
+    """As gRPC and urls spell it: an IPv6 address is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class GrpcPort:
     """A server that is bound to `host`; 0 takes a free port. `flag` is what a refusal names."""
 
     def __init__(self, host: str, port: int, flag: str) -> None:
         self._check_bindable(host, port, flag)
         self.server = grpc.aio.server(options=GRPC_OPTIONS)
-        address = f"{host}:{port}"
+        address = address_of(host, port)
         try:
             self.number = self.server.add_insecure_port(address)
         except RuntimeError as error:

@@ -33,6 +33,7 @@ class Sample:
         self._request_id = request_id
         self._hides_stop_token = options.skip_special_tokens
         self._has_stops = bool(options.stop_strings)
+        self._min_tokens = options.min_tokens
         self._stops = StopStrings(options.stop_strings, options.include_stop_string)
         self._detokenizer = (
             Detokenizer(tokenizer, options.skip_special_tokens) if tokenizer else None
@@ -58,7 +59,9 @@ class Sample:
         chunk.token_ids.extend(output.token_ids)
         self.num_tokens += len(output.token_ids)
         self._add_logprobs(output, chunk)
-        chunk.text += self._stops.feed(self._text(output))
+        text = self._text(output)
+        is_early = self.num_tokens <= self._min_tokens
+        chunk.text += text if is_early else self._stops.feed(text)
         if self.stopped_itself():
             self._end(chunk, FinishReason.STOP)
             chunk.stop_string = self._stops.matched or ""

@@ -35,6 +35,8 @@ class TextOptions:
     stop_strings: list[str] = field(default_factory=list)
     include_stop_string: bool = False
     skip_special_tokens: bool = True
+    min_tokens: int = 0
+    """Stop strings are not looked for in the text of so many tokens."""
 
 
 def check_model_name(requested: str, served: str) -> None:
@@ -80,7 +82,7 @@ def text_options(request: pb.GenerateRequest) -> TextOptions:
     for i, string in enumerate(stop.strings):
         check_size(f"stop.strings[{i}]", len(string.encode()), "stop.strings[]")
     skips = out.skip_special_tokens if out.HasField("skip_special_tokens") else True
-    return TextOptions(list(stop.strings), stop.include_stop_string, skips)
+    return TextOptions(list(stop.strings), stop.include_stop_string, skips, stop.min_tokens)
 
 
 def check_chat(chat: pb.Chat) -> None:

@@ -17,6 +17,7 @@ from pilotlight.proto import inference_pb2 as pb
 from pilotlight.proto import inference_pb2_grpc as pb_grpc
 from pilotlight.server.config import ServeConfig
 from pilotlight.server.main import Server
+from pilotlight.server.ports import address_of
 from pilotlight.tests.fake_engine import FakeEngine
 
 LIMIT_S = 20.0
@@ -65,7 +66,8 @@ async def served(
     server = Server(ServeConfig(**{**DEFAULTS, **options}), time.monotonic(), engine.launch)
     async with asyncio.timeout(TEST_LIMIT_S):
         await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        host = str(options.get("host", "127.0.0.1"))
+        async with grpc.aio.insecure_channel(address_of(host, server.port)) as channel:
             handle = Served(server, engine, channel)
             try:
                 if is_ready:

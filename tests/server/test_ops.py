@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from msgspec.structs import replace
 from pilotlight.engine.messages import Beside, WeightsFacts
 from pilotlight.engine.status import EngineState
+from pilotlight.proto import inference_pb2 as pb
 from pilotlight.server.ops import LOOP_TIMEOUT_S, LoopPulse, OpsApp
+from pilotlight.server.ports import address_of
 from pilotlight.tests.fake_engine import PHASES, FakeEngine
 from pilotlight.tests.served import Served, ids_request, served
 from pilotlight.tests.server.wire import http_get, read, refusal, submitted
@@ -36,6 +39,25 @@ async def test_probes_tell_life_from_readiness() -> None:
         await s.server.drain()
         assert await _probe(s, "/readyz") == (503, {"ready": False, "state": "DRAINING"})
         assert (await _probe(s, "/livez"))[0] == 200
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_a_host_may_be_an_ipv6_address() -> None:
+    async with served(host="::1") as s:
+        status, _ = await http_get(s, "/readyz", host="::1")
+        model = await s.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (status, model.context_len) == (200, s.engine.facts.context_len)
+    assert address_of("::1", 80) == "[::1]:80"
+    assert address_of("127.0.0.1", 80) == "127.0.0.1:80"
 
 
 async def test_startup_is_the_boots_timeline() -> None:

@@ -57,6 +57,21 @@ async def test_the_text_ends_at_the_stop_string(includes: bool, text: str) -> No
     assert chunks[-1].usage.output_tokens == len(ids_of(chunks))
 
 
+async def test_no_stop_string_ends_before_min_tokens() -> None:
+    """Its text is then like any other, and no part of one that comes later."""
+    early, late = "return x\nret", "urn return y"
+    request = _stopping("return")
+    request.stop.min_tokens = len(tokenizer().encode(early, add_special_tokens=False))
+    async with served(text_engine(is_held=True)) as s:
+        call = s.stub.Generate(request)
+        await submitted(s, "a")
+        _say_text(s, early)
+        _say_text(s, late)
+        chunks = await read(call)
+    assert text_of(chunks) == early + "urn "
+    assert chunks[-1].stop_string == "return"
+
+
 async def test_a_stop_string_ends_the_engines_work() -> None:
     engine = text_engine(context_len=2048, num_blocks=512)
     async with served(engine) as s:

@@ -117,11 +117,11 @@ def text_of(chunks: Iterable[pb.GenerateChunk], index: int = 0) -> str:
     return "".join(chunk.text for chunk in chunks if chunk.index == index)
 
 
-async def http_get(s: Served, path: str) -> tuple[int, str]:
+async def http_get(s: Served, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
     """Status and body from the ops port."""
 
     def get() -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", s.server.ops_port, timeout=LIMIT_S)
+        connection = http.client.HTTPConnection(host, s.server.ops_port, timeout=LIMIT_S)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
