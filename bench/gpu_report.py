@@ -36,6 +36,8 @@ def _part(name: str, told: Mapping[str, Any], limits: Limits | None, shape: Shap
             return _decode(told, limits)
         case "prefill":
             return _prefill(told, limits, shape)
+        case "tiles":
+            return _tiles(told)
     return _table(("figure", "value"), ((key, _shown(value)) for key, value in told.items()))
 
 
@@ -69,6 +71,16 @@ def _prefill(told: Mapping[str, Any], limits: Limits | None, shape: Shape) -> st
             (length, f"{seconds * 1e3:.1f}", f"{prompt['tokens_per_s']:.0f}", f"{share:.2f}")
         )
     return _table(("tokens", "ms", "tokens/s", "of matmul peak"), rows)
+
+
+def _tiles(told: Mapping[str, Any]) -> str:
+    rows = [
+        (name, f"{spent_us:.1f}", chosen)
+        for name, found in told.items()
+        if isinstance(found, Mapping)
+        for spent_us, chosen in ((found["now_us"], "in use"), *found["best"])
+    ]
+    return _table(("attention of", "us", "tiles"), rows)
 
 
 def prefill_flops(shape: Shape, length: int) -> float:

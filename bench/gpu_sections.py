@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ import torch
 
 from ..kernels import check, table
 from ..kernels.reference.case import Case
+from ..kernels.reference.paged_attention import Batch
+from ..kernels.triton.tiles import Tiles, candidates
 from .gpu_engine import Engine
 from .gpu_limits import Limits, measured, median_s
-from .make_model import SHAPES, write_model
+from .make_model import SHAPES, Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FLUSH_BYTES = 256 << 20
@@ -49,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     matrix: int = 8192
     parity_shapes: tuple[str, ...] = ("tiny-llama-gqa", "tiny-mistral", "tiny-qwen2", "tiny-qwen3")
     startups: int = 3
+    tiles_s: float = 90.0
 
 
 def limits(plan: Plan) -> dict[str, Any]:
@@ -109,6 +112,61 @@ def _timing(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def tiles(plan: Plan) -> dict[str, Any]:
+    """Tiles of Triton's attention that are right on this device, the fastest first."""
+    device = torch.device(plan.device)
+    if device.type != "cuda":
+        return {"skipped": "tiles are timed on a CUDA device"}
+    shape, until_s = SHAPES[plan.shape], time.monotonic() + plan.tiles_s
+    lengths = {"decodes": [(1, 4096)] * 32, "prompt": [(4096, 4096)]}
+    return {
+        name: tried(_attention_by_tiles(shape, sequences, device), candidates(is_decode), until_s)
+        for (name, sequences), is_decode in zip(lengths.items(), (True, False), strict=True)
+    }
+
+
+def _attention_by_tiles(
+    shape: Shape, sequences: list[tuple[int, int]], device: torch.device
+) -> Callable[[Tiles | None], tuple[torch.Tensor, float]]:
+    from ..kernels.triton.paged_attention import attend
+
+    batch = Batch(
+        sequences, shape.num_heads, shape.num_kv_heads, shape.head_dim, is_scattered=False
+    )
+    arguments: Any = Case("tiles", batch).make(device, torch.bfloat16)
+    q, keys, values, *lists, scale, window = arguments
+    flush = torch.empty(FLUSH_BYTES // 4, device=device)
+
+    def run(chosen: Tiles | None) -> tuple[torch.Tensor, float]:
+        def call() -> torch.Tensor:
+            return attend(q, keys, values, None, tuple(lists), scale, window, tiles=chosen)
+
+        return call(), median_s(call, device, before=flush.zero_)
+
+    return run
+
+
+def tried(
+    run: Callable[[Tiles | None], tuple[torch.Tensor, float]],
+    candidates: Iterable[Tiles],
+    until_s: float,
+) -> dict[str, Any]:
+    """What is not right, or does not fit the device, is told with its reason."""
+    wanted, now_s = run(None)
+    timed: list[tuple[float, str]] = []
+    failures: list[str] = []
+    for chosen in candidates:
+        if time.monotonic() > until_s:
+            break
+        try:
+            actual, seconds = run(chosen)
+            check.assert_close([actual], [wanted], actual.dtype)
+            timed.append((seconds * 1e6, str(chosen)))
+        except Exception as error:  # one that does not fit ends no other
+            failures.append(f"{chosen}: {type(error).__name__}: {str(error)[:200]}")
+    return {"now_us": now_s * 1e6, "best": sorted(timed)[:8], "failures": failures}
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -244,7 +302,7 @@ def _last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 SECTIONS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
     section.__name__: section
     for section in (
-        limits, kernels, parity, tests, decode, prefill, throughput, peer, trace, startup,
+        limits, kernels, parity, tests, decode, prefill, throughput, peer, trace, startup, tiles,
     )
 }  # fmt: skip
 """In the order of what one wants to know first."""

@@ -14,13 +14,10 @@ import triton
 import triton.language as tl
 
 from .tensors import has_heads, is_float_cache, supported
+from .tiles import DECODES, PROMPTS, Tiles
 
 __all__ = ["accepts", "paged_attention", "supported"]
 
-MIN_ROWS = 16
-"""Of a product on tensor cores: queries times heads of a group."""
-PROMPT_ROWS = 64
-TILE_KEYS = 32
 MIN_SPLIT_KEYS = 256
 WANTED_PROGRAMS = 256
 """About two for each multiprocessor of a large GPU; fewer sequences than that are split."""
@@ -65,11 +62,12 @@ def attend(
     scale: float,
     sliding_window: int,
     is_invariant: bool = False,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """`scales`: of int8 caches, of keys and values; `lists`: tables, query_start, context_lens.
 
     `is_invariant`: a row's result does not depend on how many there are. Then long contexts are not
-    split, which costs most where few sequences decode.
+    split, which costs most where few sequences decode. `tiles`: others than those in use.
     """
     num_tokens, num_heads, head_dim = q.shape
     block_tables, query_start, context_lens = lists
@@ -81,8 +79,8 @@ def attend(
         return out
     group = num_heads // num_kv_heads
     is_decode = num_tokens <= num_seqs and not is_invariant
-    wanted = group if is_decode else max(PROMPT_ROWS, group)
-    rows = max(MIN_ROWS, triton.next_power_of_2(wanted))
+    tiles = tiles or (DECODES if is_decode else PROMPTS)
+    rows = max(tiles.rows, triton.next_power_of_2(group))
     queries = rows // group
     num_blocks = num_tokens // queries + num_seqs
     max_keys = block_tables.shape[1] * block_size
@@ -98,9 +96,10 @@ def attend(
         scale * LOG2_E, q.stride(0), k_cache.stride(0), v_cache.stride(0),
         k_scales.stride(0), v_scales.stride(0), block_tables.stride(0),
         num_seqs, num_tokens, num_heads, num_kv_heads, block_size, head_dim, sliding_window,
-        GROUP=group, QUERIES=queries, ROWS=rows, KEYS=TILE_KEYS, WIDTH=width,
+        GROUP=group, QUERIES=queries, ROWS=rows, KEYS=tiles.keys, WIDTH=width,
         IS_SPLIT=splits > 1, HAS_SCALES=scales is not None, STEPS=max(1, num_seqs.bit_length()),
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if splits > 1:
         _join[(num_tokens, num_heads)](

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
+import torch
 from pilotlight.bench import gpu, gpu_sections
 from pilotlight.bench.gpu_report import prefill_flops, report
 from pilotlight.bench.make_model import SHAPES
+from pilotlight.kernels.triton.tiles import Tiles, candidates
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2024-05-12 00:00:0{i},{5 + i},{3 + i}\n" for i in range(4)
@@ -49,6 +52,32 @@ def test_a_part_that_fails_is_told_and_ends_nothing() -> None:
     assert "/nowhere" in failed["failed"]
     assert gpu.run("decode", plan, deadline_s=0.0) == {"skipped": "the deadline was over"}
     assert "failed: " in report({"machine": {}, "plan": {"shape": plan.shape}, "decode": failed})
+
+
+def test_tiles_that_are_wrong_or_do_not_fit_are_told_and_others_ranked() -> None:
+    wanted = torch.ones(4)
+
+    def run(chosen: Tiles | None) -> tuple[torch.Tensor, float]:
+        if chosen is not None and chosen.keys == 128:
+            raise RuntimeError("out of shared memory")
+        is_wrong = chosen is not None and chosen.num_warps == 2
+        spent_s = 5.0 if chosen is None else chosen.num_stages / chosen.keys
+        return wanted * (2 if is_wrong else 1), spent_s
+
+    found = gpu_sections.tried(run, candidates(is_decode=True), until_s=math.inf)
+    assert found["now_us"] == 5e6
+    assert found["best"][0][1] == str(Tiles(16, 64, 4, 2))
+    assert [spent for spent, _ in found["best"]] == sorted(spent for spent, _ in found["best"])
+    assert len(found["best"]) == 8
+    assert len(found["failures"]) == 27 - 3 * 2 * 2
+    assert sum("out of shared memory" in failure for failure in found["failures"]) == 9
+    text = report({"machine": {}, "plan": {"shape": "llama-3.1-8b"}, "tiles": {"decodes": found}})
+    assert "| decodes | 5000000.0 | in use |" in text
+
+
+def test_a_search_for_tiles_ends_in_time() -> None:
+    found = gpu_sections.tried(lambda chosen: (torch.ones(1), 1.0), candidates(False), until_s=0.0)
+    assert found["best"] == []
 
 
 def test_the_flops_of_a_prompt_are_those_of_its_weights() -> None:
