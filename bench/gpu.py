@@ -41,6 +41,7 @@ DRY: dict[str, Any] = {
     "matrix": 128,
     "parity_shapes": ("tiny-llama-gqa",),
     "startups": 1,
+    "stress_requests": 20,
 }
 
 

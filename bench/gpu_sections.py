@@ -8,6 +8,7 @@ prints one JSON line. PLAN is the JSON of a Plan.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     parity_shapes: tuple[str, ...] = ("tiny-llama-gqa", "tiny-mistral", "tiny-qwen2", "tiny-qwen3")
     startups: int = 3
     tiles_s: float = 90.0
+    stress_requests: int = 1000
+    memcheck_requests: int = 1000
 
 
 def limits(plan: Plan) -> dict[str, Any]:
@@ -260,6 +263,26 @@ def tests(plan: Plan) -> dict[str, Any]:
     return {"rc": done.returncode, "tail": (done.stdout + done.stderr)[-2000:]}
 
 
+def stress(plan: Plan) -> dict[str, Any]:
+    """Mixed requests with aborts, and the same request in other company: see stress.py."""
+    return _last_json(_run_stress(plan, [], plan.stress_requests))
+
+
+def memcheck(plan: Plan) -> dict[str, Any]:
+    """Fewer of them, each access to the device's memory checked."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or plan.device != "cuda":
+        return {"skipped": "there is no compute-sanitizer, or no device for it"}
+    checked = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    return _last_json(_run_stress(plan, checked, plan.memcheck_requests))
+
+
+def _run_stress(plan: Plan, under: list[str], num: int) -> subprocess.CompletedProcess[str]:
+    command = [*under, sys.executable, "-m", f"{__package__}.stress", "--device", plan.device]
+    command += ["--dtype", plan.dtype, "--num-requests", str(num)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def peer(plan: Plan) -> dict[str, Any]:
     """transformers' continuous batching on the same model and lengths."""
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -302,7 +325,8 @@ def _last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 SECTIONS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
     section.__name__: section
     for section in (
-        limits, kernels, parity, tests, decode, prefill, throughput, peer, trace, startup, tiles,
+        limits, kernels, parity, tests, stress, decode, prefill, throughput, peer, trace, startup,
+        tiles, memcheck,
     )
 }  # fmt: skip
 """In the order of what one wants to know first."""

@@ -19,6 +19,8 @@ from .replay import replay
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 64
 MAX_BATCHED_TOKENS = 2048
+SHORT = 0.25
+"""The shortest prompts, of all: their figures are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +76,22 @@ class TimedDevice:
 
 
 def replayed(
-    plans: Sequence[Planned], speed: float, costs: StepCosts, context_len: int, slowdown: float
+    plans: Sequence[Planned],
+    speed: float,
+    costs: StepCosts,
+    context_len: int,
+    slowdown: float,
+    overtaking: float,
 ) -> dict[str, Any]:
-    """Latencies of `plans`, `speed` times as fast as they came, under this limit."""
+    """Latencies of `plans`, `speed` times as fast as they came, under these limits."""
     device = TimedDevice(costs)
-    core = EngineCore(_scheduler(context_len, slowdown), device, device.clock)
+    core = EngineCore(_scheduler(context_len, slowdown, overtaking), device, device.clock)
     faster = [replace(planned, at_s=planned.at_s / speed) for planned in plans]
     due = [clamped(planned, context_len) for planned in faster]
-    return replay(core, due, 1, device.clock, device.wait_until)
+    return replay(core, due, 1, device.clock, device.wait_until, SHORT)
 
 
-def _scheduler(context_len: int, slowdown: float) -> Scheduler:
+def _scheduler(context_len: int, slowdown: float, overtaking: float) -> Scheduler:
     return Scheduler(
         num_blocks=MAX_NUM_SEQS * -(-context_len // BLOCK_SIZE),
         block_size=BLOCK_SIZE,
@@ -94,11 +101,12 @@ def _scheduler(context_len: int, slowdown: float) -> Scheduler:
         max_batched_tokens=MAX_BATCHED_TOKENS,
         prefix_cache=False,
         max_decode_slowdown=slowdown,
+        max_overtaking=overtaking,
     )
 
 
 def capacity_speed(plans: Sequence[Planned], costs: StepCosts, context_len: int) -> float:
     """At which requests come just as fast as they are done: their time in the trace over the time
     that they take when all are there at once."""
-    at_once = replayed(plans, float("inf"), costs, context_len, 0.0)
+    at_once = replayed(plans, float("inf"), costs, context_len, 0.0, 0.0)
     return (plans[-1].at_s - plans[0].at_s) / float(at_once["spent_s"])

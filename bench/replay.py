@@ -24,8 +24,12 @@ def replay(
     vocab_size: int,
     clock: Callable[[], float],
     wait_until: Callable[[float], None],
+    short_share: float = 0.0,
 ) -> dict[str, Any]:
-    """Latencies and rate, from the moments at which requests were due. `plans` are in order."""
+    """Latencies and rate, from the moments at which requests were due. `plans` are in order.
+
+    `short_share`: of all requests those with the shortest prompts, whose first token is told too.
+    """
     source = random.Random(0)
     began_s = clock()
     due_s = {str(i): began_s + planned.at_s for i, planned in enumerate(plans)}
@@ -42,7 +46,13 @@ def replay(
         now_s = clock()
         for output in record.outputs:
             came_s[output.request_id] += [now_s] * len(output.token_ids)
-    return _figures(began_s, due_s, came_s)
+    figures = _figures(began_s, due_s, came_s)
+    if short_share:
+        by_length = sorted(range(len(plans)), key=lambda i: plans[i].input_len)
+        short = [str(i) for i in by_length[: max(1, int(short_share * len(plans)))]]
+        waited_s = [came_s[name][0] - due_s[name] for name in short]
+        figures["ttft_short_p50_s"] = round(float(np.median(waited_s)), 3)
+    return figures
 
 
 def _submit(index: int, planned: Planned, vocab_size: int, source: random.Random) -> Submit:

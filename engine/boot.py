@@ -157,6 +157,7 @@ def _core(
         # Guesses need the tokens so far on the host, which would make the device wait.
         speculative="off" if overlaps and config.speculative == "auto" else config.speculative,
         max_decode_slowdown=config.max_decode_slowdown,
+        max_overtaking=config.max_overtaking,
         deterministic=config.deterministic,
     )
     return EngineCore(scheduler, runner, max_in_flight=1 + overlaps), facts

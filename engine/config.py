@@ -20,6 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batched_tokens: int = 2048
     max_decode_slowdown: float = 2.5
     """Of a step by the prompt that is computed in it; see pace.py. 0: no limit."""
+    max_overtaking: float = 1.0
+    """Of a prompt by shorter ones, in its own lengths; see turns.py. 0: in order of arrival."""
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
     """auto: that of the weights; int8: with a scale per token and head; fp8: e4m3, without."""

@@ -8,10 +8,10 @@ A step is filled in this order, under one budget of `max_batched_tokens`, of whi
  1. Every decoding sequence gets its one token. If no block is free for it, the sequence that was
     admitted last gives all of its blocks back and waits again (preemption by recompute). What is
     left of the step's first rows is shared out among drafts (`speculation`), which preempt nobody.
- 2. Prompts already admitted continue, one chunk each. They hold all their blocks since admission.
- 3. Waiting sequences are admitted first come, first served: longest cached prefix first taken from
-    the pool, never including the last token, whose logits are needed. Admission leaves one free
-    block per running sequence, so that a newcomer is not preempted by the next decode step.
+ 2. Prompts get what is left, in the order that `turns` says: one chunk of each that was admitted
+    before and holds all its blocks since, and of waiting ones, which are admitted now. The longest
+    cached prefix is taken, never the last token, whose logits are needed. One block is left for
+    each running sequence: the next decodes shall not preempt a newcomer.
 
 A step may be scheduled while the one before it is in flight: a decode's next row then computes a
 token that only the device knows. If it ends the sequence, what the row samples is dropped.
@@ -34,6 +34,7 @@ from .pace import Pace
 from .sequence import Sampled, Sequence, SequenceState, sequences_of
 from .speculation import Speculation
 from .step import Growth, Row, Step, StepResult
+from .turns import Turns
 
 
 class Scheduler:
@@ -51,6 +52,7 @@ class Scheduler:
         prefix_cache: bool = True,
         speculative: str = "off",
         max_decode_slowdown: float = 0.0,
+        max_overtaking: float = 0.0,
         deterministic: bool = False,
     ) -> None:
         """`deterministic`: steps are such that a sequence's tokens depend on nothing but itself."""
@@ -66,6 +68,7 @@ class Scheduler:
         if deterministic:
             self._chunks = fixed_chunks(max_num_seqs, max_batched_tokens, block_size)
         self._pace = Pace(0.0 if deterministic else max_decode_slowdown)
+        self._turns = Turns(max_overtaking)
         self._requests: dict[str, list[Sequence]] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -75,8 +78,6 @@ class Scheduler:
         self._num_in_flight = 0
         self._must_land = False
         self.accounts = Accounts()
-
-    # ---- requests ----------------------------------------------------------------------------
 
     def add(self, submit: Submit) -> None:
         """Queues the request's n sequences. Raises DuplicateRequest or InvalidField."""
@@ -90,6 +91,8 @@ class Scheduler:
             # The n samples of one request still share its prompt; nobody else finds it.
             submit = msgspec.structs.replace(submit, cache_salt=submit.request_id)
         sequences = sequences_of(submit, self._eos_token_ids)
+        num_found = len(self._found_prefix(sequences[0])) * self._block_size
+        self._turns.arrive(sequences, num_prompt_tokens - num_found)
         self._requests[submit.request_id] = sequences
         self._waiting.extend(sequences)
 
@@ -116,8 +119,6 @@ class Scheduler:
     def live_request_ids(self) -> list[str]:
         return list(self._requests)
 
-    # ---- one step ----------------------------------------------------------------------------
-
     @property
     def may_run_ahead(self) -> bool:
         """Whether a step can be scheduled before the one in flight is over.
@@ -134,10 +135,7 @@ class Scheduler:
         self._schedule_decodes(step)
         if self._speculation.has_room(len(step.rows)):
             self._add_drafts(step)
-        prompts = [s for s in self._running if s.is_prefilling]
-        budget = self._prompt_budget(step, len(prompts))
-        budget -= self._continue_prompts(step, prompts, budget)
-        self._admit_waiting(step, budget)
+        self._add_prompts(step)
         if not step.rows:
             self._released_slots = step.released
             return None
@@ -163,8 +161,7 @@ class Scheduler:
                 self._add_row(step, sequence, 1)
 
     def _make_room(self, sequence: Sequence, step: Step) -> bool:
-        """Gives the sequence a block for its newest token. False when it was itself preempted, or
-        when others would have to be, which are in flight."""
+        """A block for its newest token. False: it was preempted, or others in flight would be."""
         num_tokens = sequence.num_tokens + sequence.num_awaited
         num_needed = self._num_blocks_of(num_tokens) - len(sequence.block_ids)
         if num_needed <= 0:
@@ -213,32 +210,29 @@ class Scheduler:
         room = len(sequence.block_ids) * self._block_size - sequence.num_tokens
         sequence.draft_ids = sequence.draft_ids[:room]
 
-    def _continue_prompts(self, step: Step, prompts: list[Sequence], budget: int) -> int:
-        num_tokens = 0
-        for sequence in prompts:
-            if num_tokens < budget:
-                num_tokens += self._add_row(step, sequence, budget - num_tokens)
-        return num_tokens
-
-    def _admit_waiting(self, step: Step, budget: int) -> None:
-        held_back = []
-        while self._waiting and self._free_slots and budget > 0:
-            sequence = self._waiting.popleft()
-            if not sequence.may_start:
-                held_back.append(sequence)
-            elif self._admit(sequence, step):
-                budget -= self._add_row(step, sequence, budget)
-            else:
-                self._waiting.appendleft(sequence)
+    def _add_prompts(self, step: Step) -> None:
+        prompts = [s for s in self._running if s.is_prefilling]
+        budget = self._prompt_budget(step, len(prompts))
+        waiting = [s for s in self._waiting if s.may_start] if self._free_slots else []
+        computed = []
+        may_admit = True
+        for sequence in self._turns.ordered(prompts + waiting):
+            if budget <= 0:
                 break
-        self._waiting.extendleft(reversed(held_back))
+            if sequence.state is not SequenceState.RUNNING:
+                if not (may_admit and self._free_slots and self._admit(sequence, step)):
+                    # For one that is due memory is kept together until there is enough of it.
+                    may_admit &= not self._turns.is_due(sequence)
+                    continue
+                self._waiting.remove(sequence)
+            num_tokens = self._add_row(step, sequence, budget)
+            budget -= num_tokens
+            computed.append((sequence, num_tokens))
+        self._turns.count(computed, [*prompts, *self._waiting])
 
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         """Gives the sequence a slot and blocks for all of its tokens, or changes nothing."""
-        num_findable = self._chunks.num_shared_blocks(sequence.num_tokens - 1)
-        prefix = self._pool.find_prefix(sequence.hashes(num_findable, self._block_size))
-        prefix = prefix[: self._chunks.num_shared_blocks(len(prefix) * self._block_size)]
-        num_tokens = sequence.num_tokens
+        prefix, num_tokens = self._found_prefix(sequence), sequence.num_tokens
         if self._chunks.are_fixed:
             # It must not be preempted: what decodes gave would be computed again in longer rows.
             num_tokens += sequence.num_tokens_left(self._context_len)
@@ -258,6 +252,11 @@ class Scheduler:
         step.admitted.append(sequence.admission())
         step.grown.append(Growth(sequence.slot, 0, list(sequence.block_ids)))
         return True
+
+    def _found_prefix(self, sequence: Sequence) -> list[int]:
+        num_findable = self._chunks.num_shared_blocks(sequence.num_tokens - 1)
+        prefix = self._pool.find_prefix(sequence.hashes(num_findable, self._block_size))
+        return prefix[: self._chunks.num_shared_blocks(len(prefix) * self._block_size)]
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         start = sequence.num_computed + sequence.num_flying
@@ -372,11 +371,11 @@ class Scheduler:
     def statistics(self) -> EngineStatistics:
         blocks = self._pool.statistics()
         return EngineStatistics(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_blocks=blocks.num_blocks,
-            num_used_blocks=blocks.num_held,
-            num_cached_blocks=blocks.num_cached,
+            len(self._running),
+            len(self._waiting),
+            blocks.num_blocks,
+            blocks.num_held,
+            blocks.num_cached,
             num_drafted_tokens=self._speculation.num_drafted_tokens,
             num_accepted_tokens=self._speculation.num_accepted_tokens,
             **msgspec.structs.asdict(self.accounts),

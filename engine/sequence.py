@@ -34,10 +34,10 @@ class Sequence:
     """Sample `index` of a request. Samples after the first wait for the `leader`'s prompt."""
 
     __slots__ = (
-        "_hashes", "block_ids", "cache_salt", "draft_ids", "drafter", "first_scheduled_s",
-        "index", "leader", "num_awaited", "num_cached_tokens", "num_computed", "num_flights",
-        "num_flying", "num_prompt_tokens", "num_published", "request_id", "sampling", "slot",
-        "state", "stop_ids", "token_ids",
+        "_hashes", "arrival", "block_ids", "cache_salt", "draft_ids", "drafter",
+        "first_scheduled_s", "index", "leader", "num_awaited", "num_cached_tokens", "num_computed",
+        "num_expected", "num_flights", "num_flying", "num_overtaken", "num_prompt_tokens",
+        "num_published", "request_id", "sampling", "slot", "state", "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +52,12 @@ class Sequence:
         self.token_ids = list(submit.prompt_ids)
         self.num_prompt_tokens = len(submit.prompt_ids)
         self.state = SequenceState.WAITING
+        self.arrival = 0
+        """How many came before."""
+        self.num_expected = self.num_prompt_tokens
+        """Of the prompt, those that will have to be computed, as far as was known at arrival."""
+        self.num_overtaken = 0
+        """Tokens of prompts that came later and were computed before this one's."""
         self.slot = -1
         self.num_flights = 0
         """Steps in flight that compute some of it."""

@@ -46,6 +46,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
     max_decode_slowdown: float = 2.5
+    max_overtaking: float = 1.0
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
     gpu_memory_fraction: float = 0.9
@@ -78,6 +79,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
             max_decode_slowdown=self.max_decode_slowdown,
+            max_overtaking=self.max_overtaking,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
             gpu_memory_fraction=self.gpu_memory_fraction,

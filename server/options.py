@@ -111,6 +111,14 @@ OPTIONS = (
         high=1000,
     ),
     Option(
+        "max_overtaking",
+        "capacity",
+        "a shorter prompt is computed before longer ones that came earlier, each of which lets at "
+        "most so many times its own tokens pass; 0: first come, first served",
+        "TIMES",
+        high=1000,
+    ),
+    Option(
         "kv_cache_bytes",
         "capacity",
         "memory of the KV cache, as 512MiB or 4GiB; 0: chosen from what is free",

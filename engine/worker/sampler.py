@@ -145,7 +145,7 @@ class Sampler:
         rows = moved(asking, logits.device)
         raw = logits[rows].float()
         total = _log_total(raw)
-        best, best_ids = raw.topk(min(int(num_top.max()), raw.shape[-1]), sorted=True)
+        best, best_ids = _most_likely(raw, min(int(num_top.max()), raw.shape[-1]))
         chosen_ids = token_ids[rows].long().clamp(min=0)[:, None]
         chosen = (raw.gather(-1, chosen_ids) - total).squeeze(-1)
         return Logprobs(asking, num_top, chosen, best_ids, best - total)
@@ -168,6 +168,20 @@ def _counts(token_ids: Tensor, row: Tensor) -> Tensor:
     """How often each token of `row`'s vocabulary occurs. Of a fixed size: nothing waits for it."""
     counts = torch.zeros_like(row)
     return counts.scatter_add_(0, token_ids, torch.ones_like(token_ids, dtype=row.dtype))
+
+
+def _most_likely(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[S, k] the logits, fp32, and their tokens; of equal ones the first, however many are wanted.
+
+    `topk` alone takes any of them, and others for another k: what other rows ask for would show.
+    """
+    size = logits.shape[-1]
+    bits = logits.view(torch.int32)
+    places = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the floats
+    backwards = torch.arange(size - 1, -1, -1, device=logits.device)
+    best = ((places << 32) | backwards).topk(k, sorted=True).values
+    ids = size - 1 - (best & 0xFFFFFFFF)
+    return logits.gather(-1, ids), ids
 
 
 def _log_total(logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "trace.csv").write_text(TRACE)
     out = folder / "gpu.json"
-    parts = ["limits", "parity", "decode", "prefill", "throughput", "trace"]
+    parts = ["limits", "parity", "stress", "decode", "prefill", "throughput", "trace"]
     flags = [flag for part in parts for flag in ("--only", part)]
     trace = ["--trace", str(folder / "trace.csv")]
     assert gpu.main(["--dry", "--out", str(out), *trace, *flags]) == 0
@@ -35,6 +35,7 @@ def test_a_dry_run_finds_everything(found: dict) -> None:
     assert found["parity"]["tiny-llama-gqa"] == {"num_equal": 160, "num_tokens": 160}
     assert [step["batch"] for step in found["decode"]["steps"]] == [1, 3]
     assert [prompt["input_len"] for prompt in found["prefill"]["prompts"]] == [16, 40]
+    assert (found["stress"]["num_requests"], found["stress"]["wrong"]) == (20, [])
     assert found["throughput"]["output_tokens_per_s"] > 0
     assert found["trace"]["output_tokens_per_s"] > 0
     assert all("failed" not in part for part in found.values())

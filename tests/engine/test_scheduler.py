@@ -119,6 +119,7 @@ requests = st.lists(
     vocab_size=st.sampled_from((1, 2, 4, VOCAB_SIZE)),  # how often a draft is right
     max_in_flight=st.sampled_from((1, 2)),
     deterministic=st.booleans(),
+    max_overtaking=st.sampled_from((0.0, 1.0, 50.0)),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     requests,
@@ -130,6 +131,7 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     vocab_size,
     max_in_flight,
     deterministic,
+    max_overtaking,
 ) -> None:
     bench = Bench(
         num_blocks=num_blocks,
@@ -140,6 +142,7 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
         speculative=speculative,
         vocab_size=vocab_size,
         max_in_flight=max_in_flight,
+        max_overtaking=max_overtaking,
     )
     arrivals, aborts = defaultdict(list), defaultdict(list)
     asked = {}

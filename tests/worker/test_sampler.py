@@ -143,6 +143,18 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         assert logprobs.top == pytest.approx(values[:k].tolist())
 
 
+@pytest.mark.parametrize("others", [0, 3, 20])
+def test_of_equally_likely_tokens_the_first_are_named(others: int) -> None:
+    """Whatever the rows beside it ask for."""
+    bench = SlotBench(2)
+    for slot, num_logprobs in enumerate((3, others)):
+        bench.admit(slot, SamplingParams(temperature=0.0, num_logprobs=num_logprobs))
+    row = torch.tensor([-1.0, -0.5, -1.0, -0.5, -1.0, -0.5, -0.5, -3.0] * 8)
+    first = bench.sample(row.expand(2, -1)).logprobs[0]
+    assert first is not None
+    assert first.top_ids == [1, 3, 5]
+
+
 def test_more_logprobs_than_tokens_are_all_of_them() -> None:
     bench = SlotBench(1)
     bench.admit(0, SamplingParams(num_logprobs=20))
