@@ -199,6 +199,12 @@ def test_a_template_sees_messages_special_tokens_and_the_generation_prompt() -> 
 def test_what_templates_in_the_wild_use_is_there() -> None:
     assert _render("{{ messages | tojson }}") == '[{"role": "user", "content": "Hello"}]'
     assert _render("{% for m in messages %}x{% break %}{% endfor %}") == "x"
+    assert _render("{% for m in messages %}{{ loop.length }}{{ loop.last }}{% endfor %}") == "1True"
+    assert _render("{% for k, v in messages[0].items() if k == 'role' %}{{ v }}{% endfor %}") == (
+        "user"
+    )
+    assert _render("{% for x in nobody %}x{% else %}none{% endfor %}") == "none"
+    assert _render("{{ '=' * 3 }}{{ 3 * 4 }}{{ 2 ** 10 }}") == "===121024"
     assert _render("  {% if true %}\n  a\n  {% endif %}\n") == "  a\n"
     assert _render("{{ '<é>' | tojson }}") == '"<é>"', "no HTML escapes"
 
@@ -213,6 +219,17 @@ ATTACKS = {
     "huge range": "{% for i in range(10 ** 9) %}x{% endfor %}",
     "recursion": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "import": "{% import 'os' as os %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops in a macro": (
+        "{% macro m() %}{% for i in range(99999) %}{% endfor %}{% endmacro %}"
+        "{% for i in range(99999) %}{{ m() }}{% endfor %}"
+    ),
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "squares": (
+        "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"
+    ),
+    "long text": "{{ ('x' * 10 ** 12) | length }}",
+    "long list": "{{ (messages * 10 ** 12) | length }}",
 }
 
 
