@@ -28,6 +28,8 @@ from .arrivals import clamped
 from .replay import replay
 from .traces import read_trace
 
+DEFAULT = EngineConfig(model="")
+
 EPILOG = """\
 examples:
   pilotlight bench throughput MODEL --num-seqs 32 --input-len 128 --output-len 64 --dtype bfloat16
@@ -94,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
     caches = ("auto", "int8", "fp8")
     add("--kv-cache-dtype", default="auto", choices=caches, help="(default: %(default)s)")
     add("--deterministic", action="store_true", help="a request's tokens depend on it alone")
+    add("--max-decode-slowdown", type=float, default=DEFAULT.max_decode_slowdown, metavar="TIMES",
+        help="as of serve; 0: a burst's prompts take all (default: %(default)s)")  # fmt: skip
+    add("--max-overtaking", type=float, default=DEFAULT.max_overtaking, metavar="TIMES",
+        help="as of serve (default: %(default)s)")  # fmt: skip
     add("--num-threads", type=int, default=0, metavar="N", help="0: as many as torch chooses")
     add("--repeat", type=int, default=3, metavar="N", help="runs; the median counts")
     return top
@@ -112,6 +118,8 @@ def booted(arguments: argparse.Namespace) -> tuple[EngineCore, int, dict[str, st
         kv_cache_dtype=arguments.kv_cache_dtype,
         num_threads=arguments.num_threads,
         deterministic=arguments.deterministic,
+        max_decode_slowdown=arguments.max_decode_slowdown,
+        max_overtaking=arguments.max_overtaking,
         prefix_cache=False,
         speculative=arguments.speculative,
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
+from itertools import dropwhile
 from types import ModuleType
 from typing import Any
 
@@ -126,9 +127,11 @@ def bind(
     dtype: torch.dtype,
     is_invariant: bool = False,
     attention: Attention = Attention(),
+    is_right: Callable[[Implementation, bool], bool] = lambda implementation, is_decode: True,
 ) -> Kernels:
     """Choose for `device` and `dtype`. Arguments that the choice does not accept go to the next.
 
+    `is_right`: of attention, and whether it is for decodes: what is not, is passed over (probe.py).
     ValueError where attention cannot be taken from what `attention` names.
 
     Native code uses as many threads as torch does at this moment.
@@ -136,8 +139,11 @@ def bind(
     native.set_num_threads(torch.get_num_threads())
     left_out = "" if is_invariant else INVARIANT
     usable = {op: [i for i in _usable(op, device, dtype) if i.name != left_out] for op in TABLE}
-    prompts = usable | _attention_from(attention, usable, device, is_decode=False)
-    decodes = usable | _attention_from(attention, usable, device, is_decode=True)
+    prompts, decodes = (
+        usable
+        | _checked(_attention_from(attention, usable, device, is_decode), is_decode, is_right)
+        for is_decode in (False, True)
+    )
     return Kernels(
         **{op: _by_phase(prompts[op], decodes[op]) for op in TABLE},
         choices={op: _named(prompts[op][0].name, decodes[op][0].name) for op in TABLE},
@@ -171,6 +177,18 @@ def _attention_from(
         )
     passed_over = names[: names.index(name)]
     return {op: [i for i in suiting[op] if i.name not in passed_over] for op in ATTENTION}
+
+
+def _checked(
+    attention: dict[str, list[Implementation]],
+    is_decode: bool,
+    is_right: Callable[[Implementation, bool], bool],
+) -> dict[str, list[Implementation]]:
+    """Without those before the first that is right: only what is used need be asked."""
+    return {
+        op: list(dropwhile(lambda i: not is_right(i, is_decode), ordered))
+        for op, ordered in attention.items()
+    }
 
 
 def _ordered(usable: list[Implementation], is_decode: bool) -> list[Implementation]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from msgspec.structs import replace
 
+from ...kernels.probe import Probe
 from ...kernels.table import Attention, Kernels, bind
 from ..boot_report import BootReport, Unheard
 from ..config import EngineConfig
@@ -83,7 +84,8 @@ def _made_ready(
     model, dtype = found.model, DTYPES[found.target.dtype]
     report("bind_kernels", 0, 0, f"{device.type}, {found.target.dtype}")
     try:
-        kernels = bind(device, dtype, config.deterministic, _attention_of(config))
+        probe = Probe(device, dtype, config.block_size)
+        kernels = bind(device, dtype, config.deterministic, _attention_of(config), probe)
     except ValueError as error:
         asked = f"attention is {config.attention!r}, prompt_attention {config.prompt_attention!r}"
         raise ConfigError(f"{asked}: {error}") from error

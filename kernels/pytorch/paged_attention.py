@@ -25,8 +25,12 @@ MAX_GATHERED_TOKENS = 32768
 
 @cache
 def takes_blocks() -> bool:
+    return "block_table" in _argument_names()
+
+
+def _argument_names() -> list[str]:
     schema = torch.ops.aten._flash_attention_forward.default._schema
-    return any(argument.name == "block_table" for argument in schema.arguments)
+    return [argument.name for argument in schema.arguments]
 
 
 def supported(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ import torch
 from pilotlight.kernels import check, table
 from pilotlight.kernels.flash import paged_attention as flash
 from pilotlight.kernels.flash.versions import VERSIONS
+from pilotlight.kernels.probe import Probe
 from pilotlight.kernels.pytorch import paged_attention as in_pytorch
 from pilotlight.kernels.reference.paged_attention import Batch
 from pilotlight.tests.kernels.trials import CPU, cases_of, expected
@@ -267,6 +268,36 @@ def test_the_kernels_in_torch_read_large_blocks_where_they_are(window: int) -> N
     if not in_pytorch.takes_blocks():
         pytest.skip("this torch cannot be told of blocks")
     assert_agrees_on_large_blocks(in_pytorch, window)
+
+
+@pytest.mark.usefixtures("torch_flash")
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_what_others_wrote_is_asked_before_it_is_used(
+    block_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = table.Implementation("paged_attention", "pytorch")
+    ours = table.Implementation("paged_attention", "reference")
+    for dtype in (torch.float16, torch.bfloat16):
+        probe = Probe(CPU, dtype, block_size)
+        assert [probe(theirs, is_decode) for is_decode in (False, True)] == [True, True]
+    monkeypatch.setattr(in_pytorch, "without_padding", lambda out, start: out.flatten(1) + 0.1)
+    assert not probe(theirs, False)
+    assert "attention of prompts is not pytorch's: AssertionError" in caplog.text
+    assert probe(ours, False)
+
+
+def test_the_next_takes_the_place_of_one_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    install(monkeypatch, VERSION_3, 9)
+    asked = []
+
+    def is_right(implementation: table.Implementation, is_decode: bool) -> bool:
+        asked.append((implementation.name, is_decode))
+        return implementation.name != "flash" or is_decode
+
+    kernels = table.bind(CUDA, torch.bfloat16, is_right=is_right)
+    assert kernels.choices["paged_attention"] == "triton (prompts), flash (decodes)"
+    assert ("reference", False) not in asked, "nobody needs to know"
 
 
 @pytest.mark.usefixtures("torch_flash")
