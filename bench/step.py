@@ -29,8 +29,8 @@ from ..engine.core import EngineCore
 from ..engine.messages import Submit
 from ..engine.sampling_params import SamplingParams
 from ..engine.scheduler import Scheduler
-from ..engine.worker.decodes import RecordedDecodes
 from ..engine.worker.inputs import InputBuffers
+from ..engine.worker.recorded import RecordedSteps
 from ..engine.worker.sampler import Sampler
 from ..engine.worker.slots import SlotTables
 from ..kernels.cpu import native
@@ -51,7 +51,7 @@ PARTS: tuple[tuple[str, type, str], ...] = (
     ("schedule", Scheduler, "schedule"),
     ("inputs", SlotTables, "apply"),
     ("inputs", InputBuffers, "fill"),
-    ("network", RecordedDecodes, "run"),
+    ("network", RecordedSteps, "run"),
     ("kernels", native.Program, "run"),
     ("sampler", Sampler, "finish"),
     ("apply", Scheduler, "apply"),

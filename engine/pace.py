@@ -47,7 +47,7 @@ class Pace:
         allowed_s = (self._max_slowdown - 1) * decode_s * math.sqrt(num_prompts)
         # Of a prompt's token nothing is known where every prompt so far was found in the cache.
         num_allowed = int(allowed_s / self._token_s) if self._token_s else 0
-        return min(num_tokens, max(num_allowed, MIN_TOKENS))
+        return min(num_tokens, max(_rounded(num_allowed), MIN_TOKENS))
 
     def learn(self, num_decodes: int, num_prompt_tokens: int, spent_s: float) -> None:
         """What a step of so many took."""
@@ -67,6 +67,13 @@ class Pace:
         decode_s = self._decode_s.get(_class_of(num_decodes), 0.0) if num_decodes else 0.0
         token_s = max(0.0, spent_s - decode_s) / num_tokens
         self._token_s += (TOKEN_WEIGHT if self._token_s else 1.0) * (token_s - self._token_s)
+
+
+def _rounded(num_tokens: int) -> int:
+    """Down to one of eight numbers between powers of two: a step of a shape that was met before
+    costs less than one that is new."""
+    unit = max(1, (1 << num_tokens.bit_length()) // 16)
+    return num_tokens // unit * unit
 
 
 def _class_of(num_decodes: int) -> int:

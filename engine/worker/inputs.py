@@ -63,6 +63,8 @@ class StepInputs:
     """What is drawn is all that is asked for, of logits as they are."""
     is_decode: bool
     """Every row is one token, and is sampled after, or is padding."""
+    is_leading: bool = True
+    """Those sampled after are the first tokens, each a row of its own: no prompt ends here."""
 
 
 class InputBuffers:
@@ -124,7 +126,7 @@ class InputBuffers:
         sampled, lengths = slots[chosen], (starts + counts)[chosen]
         self._draw_rows[: len(sampled)] = self._tables.draws_at(sampled, lengths)
         inputs = self._staged(num_tokens, num_rows, sampled, lengths, is_decode)
-        if not is_decode:  # what kernels set aside, or share out, goes by the tables' width
+        if self._staging.copies and not is_decode:  # a device's kernels go by the tables' width
             narrow = inputs.batch.block_tables[:, :num_blocks]
             inputs = replace(inputs, batch=replace(inputs.batch, block_tables=narrow))
         self._put_newest(inputs.token_ids[:num_awaiting])
@@ -246,6 +248,7 @@ class InputBuffers:
             draws=self._draws.on_device(num_rows if is_decode else len(slots)),
             is_plain=bool(self._tables.is_plain[slots].all()),
             is_decode=is_decode,
+            is_leading=not len(slots) or int(self._sampled.host[len(slots) - 1]) < len(slots),
         )
         self._staging.fence()
         return inputs

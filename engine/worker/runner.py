@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..models.decoder import Decoder, LayerCache
 from ..step import Step, StepResult
-from .decodes import RecordedDecodes
 from .graphs import GraphBackend, GraphedDecodes
 from .inputs import InputBuffers, StepInputs
+from .recorded import RecordedSteps
 from .sampler import Drawn, Sampler, Samples
 from .slots import SlotTables
 from .staging import Staging
@@ -118,9 +118,9 @@ class Runner:
 
     def _decodes_of(
         self, graphs: GraphBackend | None, max_num_rows: int
-    ) -> RecordedDecodes[tuple[Tensor, Tensor]] | GraphedDecodes:
+    ) -> RecordedSteps | GraphedDecodes:
         if graphs is None:
-            return RecordedDecodes(self._computed, self._model.pulse)
+            return RecordedSteps(self._computed, self._model.pulse)
         decodes = GraphedDecodes(
             self._computed, self._inputs.blank, graphs, max_num_rows, self._model.pulse
         )
@@ -130,7 +130,10 @@ class Runner:
     def _computed(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Logits, and the tokens drawn from them."""
         hidden = self._model.forward(inputs.token_ids, inputs.batch, self._caches)
-        logits = self._model.logits(hidden if inputs.is_decode else hidden[inputs.sampled])
+        if not inputs.is_decode:  # padding's rows have logits too: a graph is of one shape
+            is_first = inputs.is_leading
+            hidden = hidden[: len(inputs.slots)] if is_first else hidden[inputs.sampled]
+        logits = self._model.logits(hidden)
         return logits, self._model.sample(logits, inputs.draws)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import native
 
-Result = TypeVar("Result")
-"""Tensors of some kind."""
+Tensors = tuple[Tensor, ...]
 
 ALIGNMENT_BYTES = 64
 CALLS_PER_PULSE = 32
@@ -45,10 +44,14 @@ class MemoryPool:
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
+        self._chunks: dict[int, np.ndarray] = {}
+        """All of them, by their addresses."""
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Uninitialised, contiguous."""
-        num_bytes = max(1, shape.numel() * dtype.itemsize)
+        num_bytes = shape.numel() * dtype.itemsize
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
         chunk = self._take(num_bytes)
         lent = chunk[:num_bytes]
         # torch holds the array until the last tensor over it is gone.
@@ -62,17 +65,28 @@ class MemoryPool:
             return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         memory = np.empty(num_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
         start = -memory.ctypes.data % ALIGNMENT_BYTES
-        return memory[start : start + num_bytes]
+        chunk = memory[start : start + num_bytes]
+        self._chunks[chunk.ctypes.data] = chunk
+        return chunk
+
+    def left(self, tensor: Tensor) -> Tensor:
+        """The same, but its memory is given out again as soon as `tensor` is gone."""
+        storage = tensor.untyped_storage()
+        chunk = self._chunks.get(storage.data_ptr())
+        if chunk is None:
+            return tensor
+        whole = torch.from_numpy(chunk[: storage.nbytes()]).view(tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-class Recording(Generic[Result]):
-    """A function's native calls, and the tensors it returned: each `run` fills it anew."""
+class Recording:
+    """A function's native calls, and the tensors it returned: each `run` fills them anew."""
 
-    def __init__(self, calls: list[native.RecordedCall], result: Result) -> None:
+    def __init__(self, calls: list[native.RecordedCall], result: Tensors) -> None:
         self._program = native.Program(calls)
         self._result = result
 
-    def run(self, pulse: Callable[[], None]) -> Result:
+    def run(self, pulse: Callable[[], None]) -> Tensors:
         """`pulse` is called now and then, so that a long run shows life."""
         num_calls = len(self._program)
         for first in range(0, num_calls, CALLS_PER_PULSE):
@@ -81,15 +95,15 @@ class Recording(Generic[Result]):
         return self._result
 
 
-def record(
-    function: Callable[[], Result], pool: MemoryPool
-) -> tuple[Result, Recording[Result] | None]:
+def record(function: Callable[[], Tensors], pool: MemoryPool) -> tuple[Tensors, Recording | None]:
     """The function's result; its recording, or None where torch itself computed something.
 
-    The function reads its inputs from memory that stays, and writes results to memory of the pool.
+    The function reads its inputs from memory that stays. Its result lies in memory of the pool,
+    which whatever is recorded or run next may overwrite.
     """
     with native.recording() as calls, _Watch(pool) as watch:
-        result = function()
+        computed = function()
+    result = tuple(pool.left(tensor) for tensor in computed)
     is_whole = bool(calls) and not watch.num_computed
     return result, Recording(calls, result) if is_whole else None
 

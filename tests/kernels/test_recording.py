@@ -22,38 +22,56 @@ pytestmark = [
 ]
 
 WEIGHT = torch.linspace(0.5, 1.5, 32)
+X = torch.linspace(-1.0, 1.0, 192).view(3, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_recording_follows_its_inputs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 64).to(dtype), WEIGHT.to(dtype)
-    first, recording = record(lambda: rms_norm(silu_mul(x), weight, 1e-6), MemoryPool())
+    (first,), recording = record(lambda: (rms_norm(silu_mul(x), weight, 1e-6),), MemoryPool())
     assert recording is not None
     assert first.equal(rms_norm(silu_mul(x), weight, 1e-6))
     x.copy_(torch.randn(3, 64))
-    assert recording.run(lambda: None).equal(rms_norm(silu_mul(x), weight, 1e-6))
-    assert recording.run(lambda: None) is first, "the result is where it was"
+    assert recording.run(lambda: None)[0].equal(rms_norm(silu_mul(x), weight, 1e-6))
+    assert recording.run(lambda: None)[0] is first, "the result is where it was"
+
+
+def test_recordings_leave_their_results_to_each_other() -> None:
+    """One runs at a time: memory for all results at once would be that of all batch sizes."""
+    pool, inputs = MemoryPool(), [torch.randn(n, 64) for n in (3, 4, 2)]
+    recorded = [record(lambda x=x: (silu_mul(x),), pool) for x in inputs]
+    assert len(pool._chunks) == 2, "the third fits where the first was, or the second"
+    for x, (_, recording) in zip(inputs, recorded, strict=True):
+        assert recording is not None
+        assert recording.run(lambda: None)[0].equal(silu_mul(x))
+
+
+def test_nothing_at_all_is_recorded_too() -> None:
+    none, recording = record(lambda: (silu_mul(torch.empty(0, 64)), silu_mul(X)), MemoryPool())
+    assert recording is not None
+    assert none[0].shape == (0, 32)
+    assert recording.run(lambda: None)[1].equal(silu_mul(X))
 
 
 def test_what_torch_computes_cannot_be_recorded() -> None:
     x = torch.randn(3, 64)
-    result, recording = record(lambda: silu_mul(x) + 1, MemoryPool())
+    (result,), recording = record(lambda: (silu_mul(x) + 1,), MemoryPool())
     assert recording is None
     assert result.equal(silu_mul(x) + 1)
-    assert record(lambda: x[:2].view(64, 2), MemoryPool())[1] is None, "there is nothing to run"
+    assert record(lambda: (x[:2].view(64, 2),), MemoryPool())[1] is None, "there is nothing to run"
 
 
 def test_a_long_run_shows_life() -> None:
     x, pulses = torch.randn(3, 64), []
 
-    def many() -> Tensor:
+    def many() -> tuple[Tensor]:
         for _ in range(2 * CALLS_PER_PULSE):
             y = silu_mul(x)
-        return silu_mul(x).view(y.shape)
+        return (silu_mul(x).view(y.shape),)
 
     _, recording = record(many, MemoryPool())
     assert recording is not None
-    assert recording.run(lambda: pulses.append(1)).equal(silu_mul(x))
+    assert recording.run(lambda: pulses.append(1))[0].equal(silu_mul(x))
     assert len(pulses) == 3
 
 
@@ -69,7 +87,7 @@ def test_nothing_is_recorded_afterwards_nor_after_an_error() -> None:
 def test_an_error_in_a_recorded_call_is_raised() -> None:
     table = pack(torch.randn(32, 8))
     ids = torch.zeros(2, dtype=torch.int32)
-    _, recording = record(lambda: packed_embedding(ids, table, 32, 8), MemoryPool())
+    _, recording = record(lambda: (packed_embedding(ids, table, 32, 8),), MemoryPool())
     assert recording is not None
     ids[1] = 99
     with pytest.raises(IndexError):
@@ -85,7 +103,7 @@ from pilotlight.kernels.cpu.recording import MemoryPool, record
 from pilotlight.kernels.cpu.silu_mul import silu_mul
 before = set(sys.modules)
 with torch.inference_mode():
-    _, recording = record(lambda: silu_mul(torch.ones(3, 64)).view(32, 3), MemoryPool())
+    _, recording = record(lambda: (silu_mul(torch.ones(3, 64)).view(32, 3),), MemoryPool())
 print(recording is None, set(sys.modules) - before)
 """
 
