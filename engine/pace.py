@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-MIN_TOKENS = 8
+MIN_TOKENS = 4
 """A prompt gets so many in every step: it must end, whatever was measured."""
 REFRESH_STEPS = 32
 """After so many steps with prompts in a row, one without them shows what it takes now."""
