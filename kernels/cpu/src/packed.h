@@ -25,7 +25,7 @@ constexpr i64 kSlabWords = 512;           // of a panel: about a first-level cac
 constexpr i64 kRowSlabBytes = 256 << 10;  // of the rows: what a second-level cache can spare
 constexpr i64 kFewBlocks = 4;             // of rows, for which longer slabs are better
 constexpr i64 kMaxPiecePanels = 16;
-constexpr i64 kStreamRows = LANES == 16 ? 6 : 2;  // fewer wait for memory, not for multiplications
+constexpr i64 kStreamRows = LANES == 16 ? 6 : 3;  // fewer wait for memory, not for multiplications
 constexpr i64 kPiecesPerThread = 4;  // twice as many of few rows, which need not be widened again
 constexpr i64 kPrefetchBytes = 2048;
 
