@@ -45,12 +45,13 @@ def main(as_json: bool) -> int:
 
 def as_text(findings: list[Finding]) -> str:
     lines, section = [], ""
+    width = max(len(finding.name) for finding in findings) + 2
     for finding in findings:
         if finding.section != section:
             section = finding.section
             lines += ["", section]
         why = f"  ({finding.why})" if finding.why else ""
-        lines.append(f"  {finding.name:<16}{finding.value}{why}")
+        lines.append(f"  {finding.name:<{width}}{finding.value}{why}")
     return "\n".join(lines[1:])
 
 
