@@ -213,16 +213,16 @@ class Scheduler:
     def _add_prompts(self, step: Step) -> None:
         prompts = [s for s in self._running if s.is_prefilling]
         budget = self._prompt_budget(step, len(prompts))
-        waiting = [s for s in self._waiting if s.may_start] if self._free_slots else []
+        may_admit = budget > 0 and bool(self._free_slots)
+        waiting = [s for s in self._waiting if s.may_start] if may_admit else []
         computed = []
-        may_admit = True
         for sequence in self._turns.ordered(prompts + waiting):
             if budget <= 0:
                 break
             if sequence.state is not SequenceState.RUNNING:
-                if not (may_admit and self._free_slots and self._admit(sequence, step)):
-                    # For one that is due memory is kept together until there is enough of it.
-                    may_admit &= not self._turns.is_due(sequence)
+                # What is behind one that does not fit is longer, or would take from it.
+                may_admit = may_admit and bool(self._free_slots) and self._admit(sequence, step)
+                if not may_admit:
                     continue
                 self._waiting.remove(sequence)
             num_tokens = self._add_row(step, sequence, budget)

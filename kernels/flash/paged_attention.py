@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from .versions import VERSIONS, Batch, Version
+from .versions import VERSIONS, Batch, Version, takes
 
 __all__ = ["accepts", "paged_attention", "suits", "supported"]
 
@@ -46,16 +46,9 @@ def accepts(
     scale: float,
     sliding_window: int,
 ) -> bool:
-    head_dim, has_rows = q.shape[2], len(q) > 0 and len(context_lens) > 0
     version = _chosen(q.device, len(q) == len(context_lens), k_cache.shape[1])
-    return (
-        has_rows
-        and version is not None
-        and head_dim % 8 == 0
-        and head_dim <= version.max_head_dim
-        and k_cache.dtype is v_cache.dtype is q.dtype
-        and q.shape[1] % k_cache.shape[2] == 0
-    )
+    is_taken = version is not None and takes(q, k_cache, v_cache, version.max_head_dim)
+    return is_taken and len(context_lens) > 0
 
 
 def paged_attention(

@@ -65,6 +65,18 @@ class Version:
         return self.attend(import_module(self.module), q, keys, values, batch, scale, window)
 
 
+def takes(q: Tensor, keys: Tensor, values: Tensor, max_head_dim: int) -> bool:
+    """What all flash kernels ask of queries and a cache."""
+    head_dim = q.shape[2]
+    return (
+        len(q) > 0
+        and head_dim % 8 == 0
+        and head_dim <= max_head_dim
+        and keys.dtype is values.dtype is q.dtype
+        and q.shape[1] % keys.shape[2] == 0
+    )
+
+
 def _version_2(
     module: ModuleType,
     q: Tensor,

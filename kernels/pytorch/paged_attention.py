@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ..flash.paged_attention import card, without_padding
-from ..flash.versions import Batch
+from ..flash.versions import Batch, takes
 
 __all__ = ["accepts", "paged_attention", "suits", "supported"]
 
@@ -56,17 +56,13 @@ def accepts(
     scale: float,
     sliding_window: int,
 ) -> bool:
-    head_dim, block_size = q.shape[2], k_cache.shape[1]
+    block_size = k_cache.shape[1]
     num_gathered = 0 if _reads(block_size) else block_tables.numel() * block_size
     return (
-        len(q) > 0
-        and len(context_lens) > 0
+        len(context_lens) > 0
         and suits(q.device, len(q) == len(context_lens), block_size)
         and num_gathered <= MAX_GATHERED_TOKENS
-        and head_dim % 8 == 0
-        and head_dim <= MAX_HEAD_DIM
-        and k_cache.dtype is v_cache.dtype is q.dtype
-        and q.shape[1] % k_cache.shape[2] == 0
+        and takes(q, k_cache, v_cache, MAX_HEAD_DIM)
     )
 
 
