@@ -13,12 +13,13 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 
 from .channel import frame, reader_in_engine
 from .end_with_parent import end_with_parent
 from .errors import SetupError
 from .logs import log_json_lines
-from .messages import Failed, FromEngine, ToEngine
+from .messages import Failed, FromEngine, Stop, ToEngine
 from .service import Service
 from .torch_import import TorchImport
 
@@ -49,13 +50,18 @@ class Channel:
         return messages
 
     def _read_for_ever(self) -> None:
+        for message in self._messages():
+            if isinstance(message, Stop):
+                break
+            self._inbox.put(message)
+        # The front is gone or wants us gone. Nobody will read an answer, and a device must not stay
+        # occupied: leave at once, whatever the other threads do. A load or a fetch may take minutes.
+        os._exit(0)
+
+    def _messages(self) -> Iterator[ToEngine]:
         reader = reader_in_engine()
         while data := self._received():
-            for message in reader.feed(data):
-                self._inbox.put(message)
-        # The front is gone. Nobody will read an answer, and a device must not stay occupied:
-        # leave at once, whatever the other threads do.
-        os._exit(0)
+            yield from reader.feed(data)
 
     def _received(self) -> bytes:
         try:

@@ -6,7 +6,6 @@ Knows messages, the core and the boot; knows no sockets and no process.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from typing import NoReturn, Protocol
 
@@ -26,7 +25,6 @@ from .messages import (
     Progress,
     Ready,
     Standby,
-    Stop,
     Submit,
     ToEngine,
     Unload,
@@ -110,8 +108,6 @@ class Service:
                 self._model.core.submit(message)
             case Abort(request_ids=request_ids, index=index) if self._model:
                 self._model.core.abort(request_ids, index)
-            case Stop():
-                os._exit(0)
 
     # ---- models come and go ------------------------------------------------------------------
 

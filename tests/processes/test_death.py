@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
+from pilotlight.engine.channel import frame
+from pilotlight.engine.config import EngineConfig
+from pilotlight.engine.messages import Boot, Stop
+from pilotlight.engine.spawn import spawn
 from pilotlight.proto import inference_pb2 as pb
 from pilotlight.tests.processes.server_process import (
     NOT_SERVING,
@@ -82,3 +88,18 @@ def test_no_engine_outlives_its_front() -> None:
         pid = server.engine_pid()
         server.signal(signal.SIGKILL)
         assert wait_gone(pid)
+
+
+def test_an_engine_that_waits_for_its_model_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        engine = spawn()
+        try:
+            engine.socket.sendall(frame(Boot(EngineConfig(model=url, cache=str(tmp_path)))))
+            connection, _ = silent.accept()
+            with connection:
+                engine.socket.sendall(frame(Stop()))
+                # A fetch gives up on a silent server after 30 s.
+                assert engine.process.wait(20) == 0
+        finally:
+            engine.discard()
