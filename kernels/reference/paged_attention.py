@@ -213,6 +213,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"decode-groups-of-{group}", groups)
     yield Case("no-gqa", Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
     yield Case("one-key-head", Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
+    several_tiles = Batch([(75, 75), (40, 260)], num_heads=7, num_kv_heads=1, head_dim=64)
+    yield Case("rows-of-several-tiles", several_tiles)
     mixture = [(1, 70), (1, 5), (33, 33), (17, 90), (1, 200), (5, 5)]
     yield Case("chunked-prefill-with-decodes", Batch(mixture))
     yield Case("padded-rows", Batch(mixture, num_padded=7))

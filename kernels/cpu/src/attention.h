@@ -19,7 +19,7 @@ class ItemRun {
 
   static i64 num_scratch_words(const Geometry& g) {
     return kTileRows * g.head_dim + g.head_dim * kTileKeys + kTileKeys * g.padded_dim +
-           2 * kTileRows * kTileKeys + g.partial_size() +
+           2 * kBlockRows * kTileKeys + g.partial_size() +
            (kIsQuantised<C> ? 2 * kTileKeys * g.head_dim : 0);
   }
 
@@ -27,11 +27,11 @@ class ItemRun {
       : a_(a), item_(item), g_(a), s_(a, item.sequence) {
     const i64 dim = g_.head_dim;
     queries_ = {memory, dim / W::kElements};
-    keys_ = {memory += kTileRows * dim, kTileKeys};
-    values_ = {memory += dim * kTileKeys, g_.padded_dim};
+    keys_ = {memory += kTileRows * dim, kTileKeys, queries_.stride};
+    values_ = {memory += dim * kTileKeys, g_.padded_dim, kTileKeys / W::kElements};
     scores_ = {reinterpret_cast<float*>(memory += kTileKeys * g_.padded_dim), kTileKeys};
-    weights_ = {memory += kTileRows * kTileKeys, kTileKeys / W::kElements};
-    memory += kTileRows * kTileKeys;
+    weights_ = {memory += kBlockRows * kTileKeys, kTileKeys / W::kElements};
+    memory += kBlockRows * kTileKeys;
     expanded_ = reinterpret_cast<E*>(memory);
     if (kIsQuantised<C>) memory += 2 * kTileKeys * dim;
     running_ = running_at(item.partial < 0 ? reinterpret_cast<float*>(memory)
@@ -96,20 +96,34 @@ class ItemRun {
     }
   }
 
+  // A few rows at a time: what they need of a tile, and the tile, stay in a first-level cache.
   void add_tile(i64 key) {
-    const i64 rows = item_.num_rows;
-    pack_transposed(key_rows_, kTileKeys, queries_.stride, keys_);
-    std::memset(scores_.values, 0, rows * kTileKeys * sizeof(float));
-    multiply<W::kPairs>(queries_, rows, keys_, kTileKeys, queries_.stride, scores_);
-    for (i64 r = 0; r < rows; r += kLanes) weigh(r, key);
+    pack_transposed(key_rows_, keys_);
     pack_values();
-    const Sums out = {running_.rows, g_.padded_dim};
-    multiply<W::kPairs>(weights_, rows, values_, g_.padded_dim, weights_.stride, out);
+    for (i64 first = 0; first < item_.num_rows; first += kBlockRows) {
+      const i64 left = item_.num_rows - first, num = left < kBlockRows ? left : kBlockRows;
+      if (sees_any(first, num, key)) add_tile_to(first, num, key);
+    }
+  }
+
+  bool sees_any(i64 first, i64 num, i64 key) const {
+    const i64 row = item_.first_row + first;
+    const i64 begin = s_.keys_of(row / g_.group, a_.sliding_window).begin;
+    const i64 end = s_.keys_of((row + num - 1) / g_.group, a_.sliding_window).end;
+    return begin < key + kTileKeys && key < end;
+  }
+
+  void add_tile_to(i64 first, i64 num, i64 key) {
+    const Matrix queries = {queries_.words + first * queries_.stride, queries_.stride};
+    multiply<W::kPairs>(queries, num, keys_, scores_, true);
+    for (i64 r = 0; r < num; r += kLanes) weigh(first + r, num - r, key);
+    const Sums out = {running_.rows + first * g_.padded_dim, g_.padded_dim};
+    multiply<W::kPairs>(weights_, num, values_, out, false);
   }
 
   // Turns the scores of up to kLanes rows into weights, and rescales what they have gathered so far.
-  void weigh(i64 first, i64 key) {
-    const i64 left = item_.num_rows - first, num = left < kLanes ? left : kLanes;
+  void weigh(i64 first, i64 left, i64 key) {
+    const i64 num = left < kLanes ? left : kLanes;
     vf rows[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       rows[i] = i < num ? highest(first + i, key) : splat(-kInfinity);
@@ -129,7 +143,7 @@ class ItemRun {
   vf highest(i64 r, i64 key) {
     const i64 query = (item_.first_row + r) / g_.group;
     const Visible visible = s_.keys_of(query, a_.sliding_window);
-    float* scores = scores_.values + r * kTileKeys;
+    float* scores = scores_.values + r % kBlockRows * kTileKeys;
     if constexpr (kIsQuantised<C>) scale(scores);
     mask(scores, visible.begin - key, visible.end - key);
     vf most = splat(-kInfinity);
@@ -159,11 +173,12 @@ class ItemRun {
 
   vf exponentials(i64 r, vf factor, float shift) {
     using Stored = std::conditional_t<W::kPairs, bf16, float>;
-    const float* scores = scores_.values + r * kTileKeys;
-    Stored* weights = reinterpret_cast<Stored*>(weights_.words + r * weights_.stride);
+    const i64 place = r % kBlockRows;
+    const float* scores = scores_.values + place * kTileKeys;
+    Stored* weights = reinterpret_cast<Stored*>(weights_.words + place * weights_.stride);
     vf total = {};
     for (i64 j = 0; j < kTileKeys; j += kLanes) {
-      const vf weight = exp2_negative(load(scores + j, Whole{}) * factor - splat(shift));
+      const vf weight = exp2_negative<T>(load(scores + j, Whole{}) * factor - splat(shift));
       total += weight;
       const vf of_value = load(value_scales_ + j, Whole{});
       store(weights + j, kIsQuantised<C> ? weight * of_value : weight, Whole{});
@@ -172,10 +187,9 @@ class ItemRun {
   }
 
   void pack_values() {
-    for (i64 step = 0; step < kTileKeys / W::kElements; ++step) {
-      std::uint32_t* to = values_.words + step * values_.stride;
+    for (i64 step = 0; step < values_.num_steps; ++step) {
       for_lanes(g_.head_dim, [&](i64 d, auto extent) {
-        store_raw(to + d, value_words(step, d, extent), Whole{});
+        store_raw(values_.at(step, d), value_words(step, d, extent), Whole{});
       });
     }
   }
@@ -197,7 +211,8 @@ class ItemRun {
   const Item& item_;
   const Geometry g_;
   const Sequence s_;
-  Matrix queries_, keys_, values_, weights_;
+  Matrix queries_, weights_;
+  Panels keys_, values_;
   Sums scores_;
   Running running_;
   const E* key_rows_[kTileKeys];

@@ -6,7 +6,8 @@
 // sequence's only query (decode.h). A sequence with few rows is also split over its keys, always at
 // the same places: neither other sequences nor the number of threads changes a result.
 
-constexpr i64 kTileRows = 64;
+constexpr i64 kTileRows = 128;
+constexpr i64 kBlockRows = 16;  // of a tile, taken through at a time; a multiple of kLanes
 constexpr i64 kTileKeys = 64;
 constexpr i64 kKeysPerItem = 512;
 constexpr i64 kKeysPerDirectItem = 256;

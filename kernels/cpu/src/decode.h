@@ -206,7 +206,7 @@ class DirectRun : public DirectWalk<C> {
     store(factors_, shift.rescale, Whole{});
     vf total = {};
     for (i64 i = 0; i < size; i += kLanes) {
-      const vf weight = exp2_negative(load(weights_ + i, Whole{}) * factor - shift.shift);
+      const vf weight = exp2_negative<T>(load(weights_ + i, Whole{}) * factor - shift.shift);
       total += weight;
       store(weights_ + i, of_values<kPlaces>(weight, i / kPlaces), Whole{});
     }

@@ -175,7 +175,7 @@ class PairedRun : public DirectWalk<C> {
     for (int q = 0; q < Queries; ++q) {
       rows[q] = vf{};
       for (i64 j = q * kTileSlots; j < q * kTileSlots + num_slots; j += kLanes) {
-        const vf weight = exp2_negative(load(scores_ + j, Whole{}) * factor - splat(shifts[q]));
+        const vf weight = exp2_negative<bf16>(load(scores_ + j, Whole{}) * factor - splat(shifts[q]));
         rows[q] += weight;
         if (fetches) values_ahead.fetch_line();
         store(weights_ + j, weight, Whole{});

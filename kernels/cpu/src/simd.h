@@ -289,6 +289,23 @@ inline vf exp2_negative(vf x) {
   return (vf)(((vi)p + ((vi)shifted << 23)) & ~is_zero);
 }
 
+// The same for results of type T: for bf16 a polynomial of least greatest error, 1 at 0, relative error
+// below 3e-6, a thousandth of what its rounding may be; about 1e-38 below -125.
+template <class T>
+inline vf exp2_negative(vf x) {
+  if constexpr (!std::is_same<T, bf16>::value) return exp2_negative(x);
+  x = maximum(splat(-125.0f), x);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = x + magic;
+  const vf r = x - (shifted - magic);
+  vf p = splat(0.00958285f);
+  p = p * r + splat(0.05590643f);
+  p = p * r + splat(0.24024099f);
+  p = p * r + splat(0.69312419f);
+  p = p * r + splat(1.0f);
+  return (vf)((vi)p + ((vi)shifted << 23));
+}
+
 // A softmax in base 2: weights are 2^(score * factor - shift).
 struct Shift {
   vf maxima, shift, rescale;  // of scores; times the factor; of what was weighed before

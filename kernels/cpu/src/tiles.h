@@ -116,26 +116,46 @@ inline __attribute__((always_inline)) void add_row(vf (&total)[Vectors], const v
   for (int v = 0; v < Vectors; ++v) total[v] = multiply_add<Pairs>(total[v], factor, right[v]);
 }
 
+// The right side: columns in panels of kColumns, or of kLanes where fewer are left, so that what is
+// read together lies together.
+constexpr i64 kColumns = kMaxVectors * kLanes;
+
+struct Panels {
+  std::uint32_t* words;
+  i64 num_columns, num_steps;  // num_columns: a multiple of kLanes
+
+  i64 width(i64 column) const {
+    return column < num_columns / kColumns * kColumns ? kColumns : kLanes;
+  }
+  std::uint32_t* at(i64 step, i64 column) const {
+    const i64 size = width(column), first = column / size * size;
+    return words + first * num_steps + step * size + column - first;
+  }
+};
+
 struct Sums {
   float* values;
   i64 stride;
 };
 
 template <bool Pairs, int Rows, int Vectors>
-inline void multiply_block(Matrix a, Matrix b, i64 num_steps, Sums c) {
-  vf total[Rows][Vectors];
+inline void multiply_block(Matrix a, const std::uint32_t* panel, i64 num_steps, Sums c,
+                           bool is_first) {
+  vf total[Rows][Vectors] = {};
+  if (!is_first) {
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      total[r][v] = load(c.values + r * c.stride + v * kLanes, Whole{});
+      for (int v = 0; v < Vectors; ++v) {
+        total[r][v] = load(c.values + r * c.stride + v * kLanes, Whole{});
+      }
     }
   }
   for (i64 step = 0; step < num_steps; ++step) {
     vu right[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      right[v] = load_raw<vu>(b.words + step * b.stride + v * kLanes, Whole{});
+      right[v] = load_raw<vu>(panel + (step * Vectors + v) * kLanes, Whole{});
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) add_row<Pairs>(total[r], a.words + r * a.stride + step, right);
@@ -150,50 +170,58 @@ inline void multiply_block(Matrix a, Matrix b, i64 num_steps, Sums c) {
 }
 
 template <bool Pairs, int Vectors, int Rows = kMaxRows>
-inline void multiply_rows(Matrix a, i64 num_rows, Matrix b, i64 num_steps, Sums c) {
+inline void multiply_rows(Matrix a, i64 num_rows, const std::uint32_t* panel, i64 num_steps, Sums c,
+                          bool is_first) {
   if constexpr (Rows > 0) {
-    if (num_rows == Rows) return multiply_block<Pairs, Rows, Vectors>(a, b, num_steps, c);
-    multiply_rows<Pairs, Vectors, Rows - 1>(a, num_rows, b, num_steps, c);
+    if (num_rows == Rows) return multiply_block<Pairs, Rows, Vectors>(a, panel, num_steps, c, is_first);
+    multiply_rows<Pairs, Vectors, Rows - 1>(a, num_rows, panel, num_steps, c, is_first);
   }
 }
 
-// C[num_rows, num_columns] += A[num_rows, num_steps] B[num_steps, num_columns]; num_columns is a
-// multiple of kLanes. Rows are shared out evenly: a block of one row would wait for its own sums.
-template <bool Pairs>
-void multiply(Matrix a, i64 num_rows, Matrix b, i64 num_columns, i64 num_steps, Sums c) {
+// A panel meets all rows, while a first-level cache holds it. Rows are shared out evenly: a block of one
+// row would wait for its own sums.
+template <bool Pairs, int Vectors>
+void multiply_panel(Matrix a, i64 num_rows, const std::uint32_t* panel, i64 num_steps, Sums c,
+                    bool is_first) {
   const i64 num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
   for (i64 block = 0; block < num_blocks; ++block) {
     const i64 row = block * num_rows / num_blocks;
     const i64 rows = (block + 1) * num_rows / num_blocks - row;
-    const Matrix left = {a.words + row * a.stride, a.stride};
-    i64 column = 0;
-    for (; column + kMaxVectors * kLanes <= num_columns; column += kMaxVectors * kLanes) {
-      const Sums out = {c.values + row * c.stride + column, c.stride};
-      multiply_rows<Pairs, kMaxVectors>(left, rows, {b.words + column, b.stride}, num_steps, out);
-    }
-    for (; column < num_columns; column += kLanes) {
-      const Sums out = {c.values + row * c.stride + column, c.stride};
-      multiply_rows<Pairs, 1>(left, rows, {b.words + column, b.stride}, num_steps, out);
-    }
+    multiply_rows<Pairs, Vectors>({a.words + row * a.stride, a.stride}, rows, panel, num_steps,
+                                  {c.values + row * c.stride, c.stride}, is_first);
   }
 }
 
-// Writes words [0, num_words) of `rows` as columns: to.words[word][row]. Rows that are null and the
-// columns up to the next multiple of kLanes become zeros.
+// C[num_rows, num_columns] += A[num_rows, num_steps] B[num_steps, num_columns], or = where nothing is
+// there yet.
+template <bool Pairs>
+void multiply(Matrix a, i64 num_rows, Panels b, Sums c, bool is_first) {
+  i64 column = 0;
+  for (; column + kColumns <= b.num_columns; column += kColumns) {
+    multiply_panel<Pairs, kMaxVectors>(a, num_rows, b.at(0, column), b.num_steps,
+                                       {c.values + column, c.stride}, is_first);
+  }
+  for (; column < b.num_columns; column += kLanes) {
+    multiply_panel<Pairs, 1>(a, num_rows, b.at(0, column), b.num_steps,
+                             {c.values + column, c.stride}, is_first);
+  }
+}
+
+// Writes the words of to.num_columns rows as columns. Rows that are null become zeros.
 template <class T>
-void pack_transposed(const T* const* rows, i64 num_rows, i64 num_words, Matrix to) {
-  for (i64 row = 0; row < num_rows; row += kLanes) {
-    for_lanes(num_words, [&](i64 word, auto extent) {
+void pack_transposed(const T* const* rows, Panels to) {
+  for (i64 row = 0; row < to.num_columns; row += kLanes) {
+    for_lanes(to.num_steps, [&](i64 word, auto extent) {
       vu block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        const T* from = row + i < num_rows ? rows[row + i] : nullptr;
+        const T* from = rows[row + i];
         block[i] = from ? load_words(from + word * Words<T>::kElements, extent) : vu{};
       }
       transpose(block);
-      const i64 left = num_words - word;
+      const i64 left = to.num_steps - word;
       for (int i = 0; i < kLanes && i < left; ++i) {
-        store_raw(to.words + (word + i) * to.stride + row, block[i], Whole{});
+        store_raw(to.at(word + i, row), block[i], Whole{});
       }
     });
   }
