@@ -102,23 +102,22 @@ class ItemRun {
     pack_values();
     for (i64 first = 0; first < item_.num_rows; first += kBlockRows) {
       const i64 left = item_.num_rows - first, num = left < kBlockRows ? left : kBlockRows;
-      if (sees_any(first, num, key)) add_tile_to(first, num, key);
+      const i64 row = item_.first_row + first;
+      const i64 begin = keys_of(row).begin, end = keys_of(row + num - 1).end;
+      if (begin >= key + kTileKeys || end <= key) continue;
+      num_seen_ = end - key < kTileKeys ? round_up(end - key, kLanes) : kTileKeys;
+      add_tile_to(first, num, key);
     }
   }
 
-  bool sees_any(i64 first, i64 num, i64 key) const {
-    const i64 row = item_.first_row + first;
-    const i64 begin = s_.keys_of(row / g_.group, a_.sliding_window).begin;
-    const i64 end = s_.keys_of((row + num - 1) / g_.group, a_.sliding_window).end;
-    return begin < key + kTileKeys && key < end;
-  }
+  Visible keys_of(i64 row) const { return s_.keys_of(row / g_.group, a_.sliding_window); }
 
   void add_tile_to(i64 first, i64 num, i64 key) {
     const Matrix queries = {queries_.words + first * queries_.stride, queries_.stride};
-    multiply<W::kPairs>(queries, num, keys_, scores_, true);
+    multiply<W::kPairs>(queries, num, keys_, num_seen_, keys_.num_steps, scores_, true);
     for (i64 r = 0; r < num; r += kLanes) weigh(first + r, num - r, key);
     const Sums out = {running_.rows + first * g_.padded_dim, g_.padded_dim};
-    multiply<W::kPairs>(weights_, num, values_, out, false);
+    multiply<W::kPairs>(weights_, num, values_, g_.padded_dim, num_seen_ / W::kElements, out, false);
   }
 
   // Turns the scores of up to kLanes rows into weights, and rescales what they have gathered so far.
@@ -141,25 +140,34 @@ class ItemRun {
   }
 
   vf highest(i64 r, i64 key) {
-    const i64 query = (item_.first_row + r) / g_.group;
-    const Visible visible = s_.keys_of(query, a_.sliding_window);
+    const Visible visible = keys_of(item_.first_row + r);
     float* scores = scores_.values + r % kBlockRows * kTileKeys;
     if constexpr (kIsQuantised<C>) scale(scores);
     mask(scores, visible.begin - key, visible.end - key);
     vf most = splat(-kInfinity);
-    for (i64 j = 0; j < kTileKeys; j += kLanes) most = maximum(most, load(scores + j, Whole{}));
+    for_seen([&](i64 j) { most = maximum(most, load(scores + j, Whole{})); });
     return most;
   }
 
-  void scale(float* scores) {
-    for (i64 j = 0; j < kTileKeys; j += kLanes) {
-      store(scores + j, load(scores + j, Whole{}) * load(key_scales_ + j, Whole{}), Whole{});
+  // Most often a whole tile: a loop of known length.
+  template <class Body>
+  void for_seen(Body body) const {
+    if (num_seen_ == kTileKeys) {
+      for (i64 j = 0; j < kTileKeys; j += kLanes) body(j);
+    } else {
+      for (i64 j = 0; j < num_seen_; j += kLanes) body(j);
     }
   }
 
+  void scale(float* scores) {
+    for_seen([&](i64 j) {
+      store(scores + j, load(scores + j, Whole{}) * load(key_scales_ + j, Whole{}), Whole{});
+    });
+  }
+
   void mask(float* scores, i64 begin, i64 end) {
-    if (begin <= 0 && end >= kTileKeys) return;
-    for (i64 j = 0; j < kTileKeys; ++j) {
+    if (begin <= 0 && end >= num_seen_) return;
+    for (i64 j = 0; j < num_seen_; ++j) {
       if (j < begin || j >= end) scores[j] = -kInfinity;
     }
   }
@@ -177,12 +185,12 @@ class ItemRun {
     const float* scores = scores_.values + place * kTileKeys;
     Stored* weights = reinterpret_cast<Stored*>(weights_.words + place * weights_.stride);
     vf total = {};
-    for (i64 j = 0; j < kTileKeys; j += kLanes) {
+    for_seen([&](i64 j) {
       const vf weight = exp2_negative<T>(load(scores + j, Whole{}) * factor - splat(shift));
       total += weight;
       const vf of_value = load(value_scales_ + j, Whole{});
       store(weights + j, kIsQuantised<C> ? weight * of_value : weight, Whole{});
-    }
+    });
     return total;
   }
 
@@ -219,6 +227,7 @@ class ItemRun {
   const E* value_rows_[kTileKeys];
   E* expanded_;  // of int8: a tile's rows, keys and values in turn
   float key_scales_[kTileKeys], value_scales_[kTileKeys];
+  i64 num_seen_ = kTileKeys;  // keys of a tile that some rows see, up to whole vectors
 };
 
 template <class T>

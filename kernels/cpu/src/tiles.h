@@ -139,8 +139,7 @@ struct Sums {
 };
 
 template <bool Pairs, int Rows, int Vectors>
-inline void multiply_block(Matrix a, const std::uint32_t* panel, i64 num_steps, Sums c,
-                           bool is_first) {
+inline void multiply_block(Matrix a, Matrix b, i64 num_steps, Sums c, bool is_first) {
   vf total[Rows][Vectors] = {};
   if (!is_first) {
 #pragma GCC unroll 8
@@ -151,11 +150,12 @@ inline void multiply_block(Matrix a, const std::uint32_t* panel, i64 num_steps, 
       }
     }
   }
+  const i64 stride = Vectors == kMaxVectors ? kColumns : b.stride;
   for (i64 step = 0; step < num_steps; ++step) {
     vu right[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      right[v] = load_raw<vu>(panel + (step * Vectors + v) * kLanes, Whole{});
+      right[v] = load_raw<vu>(b.words + step * stride + v * kLanes, Whole{});
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) add_row<Pairs>(total[r], a.words + r * a.stride + step, right);
@@ -170,40 +170,42 @@ inline void multiply_block(Matrix a, const std::uint32_t* panel, i64 num_steps, 
 }
 
 template <bool Pairs, int Vectors, int Rows = kMaxRows>
-inline void multiply_rows(Matrix a, i64 num_rows, const std::uint32_t* panel, i64 num_steps, Sums c,
-                          bool is_first) {
+inline void multiply_rows(Matrix a, i64 num_rows, Matrix b, i64 num_steps, Sums c, bool is_first) {
   if constexpr (Rows > 0) {
-    if (num_rows == Rows) return multiply_block<Pairs, Rows, Vectors>(a, panel, num_steps, c, is_first);
-    multiply_rows<Pairs, Vectors, Rows - 1>(a, num_rows, panel, num_steps, c, is_first);
+    if (num_rows == Rows) return multiply_block<Pairs, Rows, Vectors>(a, b, num_steps, c, is_first);
+    multiply_rows<Pairs, Vectors, Rows - 1>(a, num_rows, b, num_steps, c, is_first);
   }
 }
 
-// A panel meets all rows, while a first-level cache holds it. Rows are shared out evenly: a block of one
-// row would wait for its own sums.
-template <bool Pairs, int Vectors>
-void multiply_panel(Matrix a, i64 num_rows, const std::uint32_t* panel, i64 num_steps, Sums c,
+// Some vectors of a panel's columns meet all rows, while a first-level cache holds them. Rows are shared
+// out evenly: a block of one row would wait for its own sums.
+template <bool Pairs, int Vectors = kMaxVectors>
+void multiply_panel(Matrix a, i64 num_rows, Matrix b, i64 num_vectors, i64 num_steps, Sums c,
                     bool is_first) {
+  if constexpr (Vectors > 1) {
+    if (num_vectors < Vectors) {
+      return multiply_panel<Pairs, Vectors - 1>(a, num_rows, b, num_vectors, num_steps, c, is_first);
+    }
+  }
   const i64 num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
   for (i64 block = 0; block < num_blocks; ++block) {
     const i64 row = block * num_rows / num_blocks;
     const i64 rows = (block + 1) * num_rows / num_blocks - row;
-    multiply_rows<Pairs, Vectors>({a.words + row * a.stride, a.stride}, rows, panel, num_steps,
+    multiply_rows<Pairs, Vectors>({a.words + row * a.stride, a.stride}, rows, b, num_steps,
                                   {c.values + row * c.stride, c.stride}, is_first);
   }
 }
 
 // C[num_rows, num_columns] += A[num_rows, num_steps] B[num_steps, num_columns], or = where nothing is
-// there yet.
+// there yet, by the first steps and columns of B; num_columns is a multiple of kLanes.
 template <bool Pairs>
-void multiply(Matrix a, i64 num_rows, Panels b, Sums c, bool is_first) {
-  i64 column = 0;
-  for (; column + kColumns <= b.num_columns; column += kColumns) {
-    multiply_panel<Pairs, kMaxVectors>(a, num_rows, b.at(0, column), b.num_steps,
-                                       {c.values + column, c.stride}, is_first);
-  }
-  for (; column < b.num_columns; column += kLanes) {
-    multiply_panel<Pairs, 1>(a, num_rows, b.at(0, column), b.num_steps,
-                             {c.values + column, c.stride}, is_first);
+void multiply(Matrix a, i64 num_rows, Panels b, i64 num_columns, i64 num_steps, Sums c,
+              bool is_first) {
+  for (i64 column = 0, width; column < num_columns; column += width) {
+    width = b.width(column);
+    const i64 left = num_columns - column, some = left < width ? left : width;
+    multiply_panel<Pairs>(a, num_rows, {b.at(0, column), width}, some / kLanes, num_steps,
+                          {c.values + column, c.stride}, is_first);
   }
 }
 
