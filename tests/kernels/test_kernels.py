@@ -155,6 +155,22 @@ def test_blocks_outside_the_cache_are_an_error() -> None:
         op.function()(q, keys, values, tables, *lists)
 
 
+@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
+@pytest.mark.parametrize("level", native.levels())
+def test_a_later_key_leaves_no_trace(level: str, dtype: torch.dtype, best_level: None) -> None:
+    native.force_level(level)
+    attention = table.Implementation("paged_attention", "cpu").function()
+    arguments = cases_of("paged_attention")["rows-of-several-tiles"].make(CPU, dtype)
+    _, _, v_cache, tables, starts, *_ = arguments
+    assert isinstance(v_cache, torch.Tensor) and isinstance(tables, torch.Tensor)
+    assert isinstance(starts, torch.Tensor)
+    last = int(starts[1]) - 1
+    before = attention(*arguments)[:last]
+    block_size = v_cache.shape[1]
+    v_cache[tables[0, last // block_size], last % block_size] = 3e38
+    assert torch.equal(attention(*arguments)[:last], before)
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
 @pytest.mark.parametrize("name", ("cpu", "reference"))
 def test_a_head_that_is_not_finite_shows_in_its_scale(name: str, value: float) -> None:

@@ -290,11 +290,12 @@ inline vf exp2_negative(vf x) {
 }
 
 // The same for results of type T: for bf16 a polynomial of least greatest error, 1 at 0, relative error
-// below 3e-6, a thousandth of what its rounding may be; about 1e-38 below -125.
+// below 3e-6, a thousandth of what its rounding may be. From -126 on it is next to nothing, from -127 on
+// 0: there the exponent that is added takes away that of 1.
 template <class T>
 inline vf exp2_negative(vf x) {
   if constexpr (!std::is_same<T, bf16>::value) return exp2_negative(x);
-  x = maximum(splat(-125.0f), x);
+  x = maximum(splat(-127.0f), x);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = x + magic;
   const vf r = x - (shifted - magic);
