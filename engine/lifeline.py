@@ -55,7 +55,7 @@ class Channel:
                 break
             self._inbox.put(message)
         # The front is gone or wants us gone. Nobody will read an answer, and a device must not stay
-        # occupied: leave at once, whatever the other threads do. A load or a fetch may take minutes.
+        # occupied: leave at once, whatever other threads do. A load or a fetch may take minutes.
         os._exit(0)
 
     def _messages(self) -> Iterator[ToEngine]:
