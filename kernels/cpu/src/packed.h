@@ -23,10 +23,11 @@ constexpr int kPackedRows = LANES == 4 ? 3 : 6;
 constexpr int kMaxPanels = 4;
 constexpr i64 kSlabWords = 512;           // of a panel: about a first-level cache
 constexpr i64 kRowSlabBytes = 256 << 10;  // of the rows: what a second-level cache can spare
+constexpr i64 kKeptBytes = 2 << 20;       // of all slabs of the rows: what a third-level cache can spare
 constexpr i64 kFewBlocks = 4;             // of rows, for which longer slabs are better
 constexpr i64 kMaxPiecePanels = 16;
 constexpr i64 kStreamRows = LANES == 16 ? 6 : 3;  // fewer wait for memory, not for multiplications
-constexpr i64 kPiecesPerThread = 4;  // twice as many of few rows, which need not be widened again
+constexpr i64 kPiecesPerThread = 8;  // the last ones are what a thread may wait for
 constexpr i64 kPrefetchBytes = 2048;
 
 // Whether products are left to the matrix unit.
@@ -249,9 +250,8 @@ struct PackedPlan {
     const i64 most = fitting < block_rows ? block_rows : fitting;
     chunk_rows = round_up(divide_up(a.num_rows, divide_up(a.num_rows, most)), block_rows);
     num_chunks = divide_up(a.num_rows, chunk_rows);
-    keeps_slabs = num_chunks == 1 && (num_slabs == 1 || a.num_rows * num_slabs <= most);
-    const i64 num_wanted = kPiecesPerThread * (is_few ? 2 : 1) * num_threads();
-    const i64 wanted = num_panels * num_chunks / num_wanted;
+    keeps_slabs = num_chunks == 1 && slab_size() * num_slabs * 4 <= kKeptBytes;
+    const i64 wanted = num_panels * num_chunks / (kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
     group_panels = UsesTiles<T>::value ? 64 / block_rows
                                        : panels_for(is_few ? a.num_rows : kPackedRows);

@@ -26,7 +26,7 @@ struct PairPlan {
     chunk_rows = divide_up(a.num_rows, num_chunks);
     num_blocks = chunk_rows <= kOneBlockRows ? 1 : divide_up(chunk_rows, kBlockPairRows);
     places = power_of_two_from(divide_up(chunk_rows, num_blocks));
-    const i64 wanted = num_panels * num_chunks / (2 * kPiecesPerThread * num_threads());
+    const i64 wanted = num_panels * num_chunks / (kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
     piece_panels = round_up(few, kPairPanels);
     num_pieces = divide_up(num_panels, piece_panels);
