@@ -47,6 +47,7 @@ $(VENV)/.runtime: $(SOURCES)
 
 $(VENV)/.dev: $(SOURCES)
 	@$(MAKE) --no-print-directory install WHAT='.[dev]' STAMP=$@
+	@touch $(VENV)/.runtime  # it is in there: `make demo` need not install again
 
 .PHONY: install
 install:
