@@ -93,7 +93,8 @@ def _trials(
         for dtype in (torch.bfloat16, torch.float32):
             for implementation in table.implementations(op):
                 if implementation.name != "reference" and implementation.supported(device, dtype):
-                    yield from ((implementation, dtype, case) for case in cases)
+                    usable = (case for case in cases if dtype in case.dtypes)
+                    yield from ((implementation, dtype, case) for case in usable)
 
 
 def _timing(

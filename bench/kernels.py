@@ -102,7 +102,8 @@ def measure(op: str, case: Case, dtype: torch.dtype) -> list[Timing]:
     calls = [_call(i, arguments) for i in usable]
     if cost.num_bytes > COLD_BYTES:
         others = [_call(i, case.make(CPU, dtype, seed=1)) for i in usable]
-        seconds, machine = _cold_medians(calls, others, dtype)
+        integers = any(isinstance(a, torch.Tensor) and a.dtype is torch.int16 for a in arguments)
+        seconds, machine = _cold_medians(calls, others, torch.int16 if integers else dtype)
     else:
         seconds, machine = _warm_medians(calls), None
     return [
@@ -185,7 +186,7 @@ def _timing(
 def timings(ops: list[str], dtype: torch.dtype) -> Iterator[Timing]:
     for op in ops:
         for case in table.Implementation(op, "reference").module().cases():
-            if case.is_timed:
+            if case.is_timed and dtype in case.dtypes:
                 yield from measure(op, case, dtype)
 
 

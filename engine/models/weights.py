@@ -181,12 +181,12 @@ class Preparer:
     def _made(self, recipe: Recipe, parts: list[Tensor]) -> Tensor:
         if recipe.layout.endswith(PAIRED):
             gate, up = (part.to(self._dtype) for part in parts)
-            return self._copied(pack_paired(gate, up))
+            return self._copied(pack_paired(gate, up, recipe.layout.removesuffix(PAIRED)))
         if len(parts) == 1 and recipe.layout == PLAIN:
             tensor = parts[0].to(self._device, self._dtype)
             return self._mapped(tensor) if tensor is parts[0] else self._copied(tensor)
         stack = self._stacked(parts)
-        return self._copied(stack if recipe.layout == PLAIN else pack(stack))
+        return self._copied(stack if recipe.layout == PLAIN else pack(stack, recipe.layout))
 
     def _stacked(self, parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:

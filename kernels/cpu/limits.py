@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .tensors import DTYPE_CODES
+from .tensors import WEIGHT_CODES
 
 _ARGUMENTS = struct.Struct("PPqq")
 """LimitArgs in src/level.h."""
@@ -36,8 +36,8 @@ def read_rate(memory: Tensor) -> float:
 
 
 def multiply_rate(dtype: torch.dtype) -> float:
-    """Operations per second of all threads, a multiply-add counted as two."""
-    if native.library() is None or dtype not in DTYPE_CODES:
+    """Operations per second of all threads, a multiply-add counted as two; int16: into 32 bits."""
+    if native.library() is None or dtype not in WEIGHT_CODES:
         matrix = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype)
         return 2 * _MATRIX_SIZE**3 / _seconds(lambda: matrix @ matrix)
     operations = _OPERATIONS * torch.get_num_threads()
@@ -48,7 +48,7 @@ def _call(name: str, memory: Tensor | None, amount: int, dtype: torch.dtype) -> 
     out = torch.full((64,), 0.5)
     read = 0 if memory is None else memory.data_ptr()
     arguments = _ARGUMENTS.pack(read, out.data_ptr(), amount, out.numel())
-    native.call(name, DTYPE_CODES[dtype], arguments)
+    native.call(name, WEIGHT_CODES[dtype], arguments)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ import struct
 import torch
 
 from . import native
-from .tensors import DTYPE_CODES, has_rows, is_panels, is_vector, supported
+from .tensors import WEIGHT_CODES, fits, has_rows, is_panels, is_vector, supported
 
 __all__ = ["accepts", "packed_linear", "supported"]
 
@@ -18,10 +18,9 @@ ARGUMENTS = struct.Struct("PPPPqqqq")
 def accepts(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_outputs: int
 ) -> bool:
-    if not (has_rows(x) and weight.dtype is x.dtype):
+    if not (has_rows(x) and fits(x, weight) and is_panels(weight, num_outputs, x.shape[1])):
         return False
-    fits = is_panels(weight, num_outputs, x.shape[1])
-    return fits and (bias is None or is_vector(bias, num_outputs, x.dtype))
+    return bias is None or is_vector(bias, num_outputs, x.dtype)
 
 
 def packed_linear(
@@ -32,5 +31,5 @@ def packed_linear(
     added = 0 if bias is None else bias.data_ptr()
     pointers = x.data_ptr(), weight.data_ptr(), added, out.data_ptr()
     sizes = num_rows, num_inputs, num_outputs, x.stride()[0]
-    native.call("packed_linear", DTYPE_CODES[x.dtype], ARGUMENTS.pack(*pointers, *sizes))
+    native.call("packed_linear", WEIGHT_CODES[weight.dtype], ARGUMENTS.pack(*pointers, *sizes))
     return out

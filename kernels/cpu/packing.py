@@ -7,24 +7,26 @@ import struct
 import torch
 from torch import Tensor
 
-from ..layout_names import PANEL16, stored_shape
+from ..layout_names import PANEL16_INT16, stored_shape
 from . import native
-from .tensors import DTYPE_CODES
+from .tensors import DTYPE_CODES, WEIGHT_CODES
 
 _ARGUMENTS = struct.Struct("PPPqq")
 """PackArgs in src/level.h."""
 
 
-def accepts(weight: Tensor) -> bool:
+def accepts(weight: Tensor, layout: str) -> bool:
     is_here = weight.device.type == "cpu" and native.library() is not None
-    return is_here and weight.dtype in DTYPE_CODES and weight.ndim == 2 and weight.is_contiguous()
+    dtypes = (torch.bfloat16,) if layout == PANEL16_INT16 else tuple(DTYPE_CODES)
+    return is_here and weight.dtype in dtypes and weight.ndim == 2 and weight.is_contiguous()
 
 
-def pack(first: Tensor, second: Tensor | None) -> Tensor:
+def pack(first: Tensor, second: Tensor | None, layout: str) -> Tensor:
     num_outputs, num_inputs = first.shape
-    num_panels, *panel = stored_shape(PANEL16, num_outputs, num_inputs, first.element_size())
-    out = torch.empty((num_panels * (1 if second is None else 2), *panel), dtype=first.dtype)
+    num_panels, *panel = stored_shape(layout, num_outputs, num_inputs, first.element_size())
+    dtype = torch.int16 if layout == PANEL16_INT16 else first.dtype
+    out = torch.empty((num_panels * (1 if second is None else 2), *panel), dtype=dtype)
     other = 0 if second is None else second.data_ptr()
     arguments = _ARGUMENTS.pack(first.data_ptr(), other, out.data_ptr(), num_outputs, num_inputs)
-    native.call("pack_panels", DTYPE_CODES[first.dtype], arguments)
+    native.call("pack_panels", WEIGHT_CODES[dtype], arguments)
     return out

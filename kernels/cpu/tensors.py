@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from ..layout_names import PANEL16, stored_shape
+from ..layout_names import PANEL16, PANEL16_INT16, stored_shape
 from . import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """As `DType` in src/level.h."""
+
+WEIGHT_CODES = {**DTYPE_CODES, torch.int16: 2}
+"""Of packed weights: with int16 go rows and results of bfloat16."""
 
 CACHE_FORMAT = "4P8q"
 
@@ -67,6 +70,12 @@ def cache_fields(
 
 
 def is_panels(weight: torch.Tensor, num_outputs: int, num_inputs: int) -> bool:
-    """[N, K] in the layout panel16."""
-    shape = stored_shape(PANEL16, num_outputs, num_inputs, weight.element_size())
+    """[N, K] in the layout panel16, or panel16-int16 by its dtype."""
+    layout = PANEL16_INT16 if weight.dtype is torch.int16 else PANEL16
+    shape = stored_shape(layout, num_outputs, num_inputs, weight.element_size())
     return weight.shape == shape and weight.is_contiguous()
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether packed weights of this dtype multiply such rows."""
+    return weight.dtype is x.dtype or (weight.dtype, x.dtype) == (torch.int16, torch.bfloat16)

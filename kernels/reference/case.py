@@ -63,9 +63,16 @@ class Case:
     build: Builder
     is_timed: bool = False
     """The shape of a real model: worth timing as well as checking."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    """What its inputs can be."""
 
     def make(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[object, ...]:
         return self.build(Inputs(device, dtype, seed))
+
+
+def integer_case(name: str, build: Builder, is_timed: bool = False) -> Case:
+    """Of weights in panel16-int16, which multiply rows of bfloat16 alone."""
+    return Case(f"{name}-int16", build, is_timed, (torch.bfloat16,))
 
 
 def num_bytes(*tensors: torch.Tensor | None) -> int:

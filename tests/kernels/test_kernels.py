@@ -83,7 +83,9 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
     (
         ("linear", "qwen2-0.5b-o-32-rows"),
         ("packed_linear", "qwen2-0.5b-down-32-rows"),
+        ("packed_linear", "qwen2-0.5b-down-32-rows-int16"),
         ("packed_gate_up", "many-rows-of-many"),
+        ("packed_gate_up", "many-rows-of-many-int16"),
         ("paged_attention", "chunked-prefill-with-decodes"),
         ("paged_attention_int8", "chunked-prefill-with-decodes"),
     ),
@@ -99,14 +101,21 @@ def test_results_do_not_depend_on_threads(op: str, case: str) -> None:
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
-@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    (
+        ("many-rows-of-many", torch.float32),
+        ("many-rows-of-many", torch.bfloat16),
+        ("many-rows-of-many-int16", torch.bfloat16),
+    ),
+)
 @pytest.mark.parametrize("level", native.levels())
 def test_a_packed_rows_result_does_not_depend_on_the_others(
-    level: str, dtype: torch.dtype, best_level: None
+    level: str, case: str, dtype: torch.dtype, best_level: None
 ) -> None:
     native.force_level(level)
     linear = table.Implementation("packed_linear", "cpu").function()
-    x, weight, bias, num_outputs = cases_of("packed_linear")["many-rows-of-many"].make(CPU, dtype)
+    x, weight, bias, num_outputs = cases_of("packed_linear")[case].make(CPU, dtype)
     assert isinstance(x, torch.Tensor)
     together = linear(x, weight, bias, num_outputs)
     for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 24, 25, 31, 33, 48, 49, 65, 96, 97, 149):

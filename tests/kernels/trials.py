@@ -67,8 +67,9 @@ def cases_at(op: str, is_best: bool, dtype: torch.dtype) -> list[Case]:
 
     `pilotlight.bench.kernels` checks all of them.
     """
-    timed = [case for case in cases_of(op).values() if case.is_timed]
-    small = [case for case in cases_of(op).values() if not case.is_timed]
+    usable = [case for case in cases_of(op).values() if dtype in case.dtypes]
+    timed = [case for case in usable if case.is_timed]
+    small = [case for case in usable if not case.is_timed]
     return small + (timed[::3] if is_best and dtype is torch.bfloat16 else [])
 
 

@@ -10,7 +10,8 @@ namespace pilotlight {
 using i64 = std::int64_t;
 using i32 = std::int32_t;
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+// Of weights: with those of 16-bit integers go rows and results of bf16.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kInt16 = 2 };
 
 struct RmsNormArgs {
   const void* x;         // [num_outer, num_inner, size]

@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 8;
+constexpr int kAbiVersion = 9;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 

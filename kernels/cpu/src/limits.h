@@ -38,10 +38,25 @@ inline void multiply_tiles_only(i64 amount) {
 
 #endif
 
+inline void multiply_integers_only(const LimitArgs& a, i64 thread) {
+  vi total[kLimitSums];  // all different, and each multiplies itself, or one product would do
+  unrolled<kLimitSums>([&](auto k) __attribute__((always_inline)) { total[k] = vi{} + int{k}; });
+  const vu factor = (vu)splat(a.out[0]);
+  constexpr i64 kOperations = kLimitSums * kLanes * 2 * 2;
+  for (i64 step = 0; step < a.amount / kOperations; ++step) {
+    unrolled<kLimitSums>([&](auto k) __attribute__((always_inline)) {
+      add_integers<kLimitSums>(total[k], factor, (vu)total[k]);
+    });
+  }
+  unrolled<kLimitSums>([&](auto k) __attribute__((always_inline)) { total[0] += total[k]; });
+  a.out[1 + thread % (a.num_outs - 1)] = sum(__builtin_convertvector(total[0], vf));
+}
+
 // `amount` multiplications and additions on each thread, as the level multiplies T.
 template <class T>
 bool multiply_only(const LimitArgs& a) {
   auto body = [&](i64 thread) {
+    if constexpr (std::is_same_v<T, Int16>) return multiply_integers_only(a, thread);
 #if HAS_AMX
     if constexpr (Words<T>::kPairs) return multiply_tiles_only(a.amount);
 #endif

@@ -10,8 +10,8 @@
 // more rows than the registers hold, the summed dimension is cut into slabs: the rows' slab stays in
 // the second-level cache, a panel's in the first, and sums are put down in between.
 //
-// With the matrix unit, pairs of bf16 are multiplied there: whole tiles along the summed dimension,
-// the few words after them as elsewhere.
+// With the matrix unit, pairs of bf16 are multiplied there: packed_tiles.h. Pairs of integers:
+// packed_integers.h.
 //
 // Every sum is one chain along the summed dimension, whatever the number of rows or threads: a row's
 // result depends on nothing else in the batch.
@@ -28,15 +28,23 @@ constexpr i64 kFewBlocks = 4;             // of rows, for which longer slabs are
 constexpr i64 kMaxPiecePanels = 16;
 constexpr i64 kStreamRows = LANES == 16 ? 6 : 3;  // fewer wait for memory, not for multiplications
 constexpr i64 kPiecesPerThread = 8;  // the last ones are what a thread may wait for
-constexpr i64 kPrefetchBytes = 2048;
 
 // Whether products are left to the matrix unit.
 template <class T>
 using UsesTiles = std::bool_constant<HAS_AMX && Words<T>::kPairs>;
 
-// What a row is read as: words for pairs of bf16, else floats.
+// What rows and results are where weights are T, and what rows are read as: words for pairs, else floats.
 template <class T>
-using RowElement = std::conditional_t<Words<T>::kPairs, std::uint32_t, float>;
+struct Storage {
+  using Value = T;
+  using RowElement = std::conditional_t<Words<T>::kPairs, std::uint32_t, float>;
+};
+
+template <class T>
+using Value = typename Storage<T>::Value;
+
+template <class T>
+using RowElement = typename Storage<T>::RowElement;
 
 constexpr int panels_for(int rows) {
   const int most = kSumVectors / (rows * kPanelVectors);
@@ -47,10 +55,18 @@ template <class T>
 struct PackedShape {
   // Weights per 32-bit word.
   static constexpr i64 kPerWord = 4 / sizeof(T);
+  static constexpr i64 kPrefetchBytes = 2048;
   // Elements of a widened row per word.
   static constexpr i64 kPerRowWord = Words<T>::kPairs ? 1 : kPerWord;
+  static constexpr bool kTakesOnce = false;  // rows cost so much to take that threads share them
+  // Slabs are multiples of so many words.
+  static constexpr i64 kWordUnit = UsesTiles<T>::value ? 16 : 1;
 
   static i64 num_words(i64 num_inputs) { return divide_up(num_inputs, kPerWord); }
+  static i64 front_words(i64) { return 0; }  // of a panel, before its weights
+  static i64 front_words_before(i64) { return 0; }
+  static i64 panel_words(i64 num_words) { return num_words * kPanel; }
+  static i64 row_size(i64 slab_words) { return slab_words * kPerRowWord; }
 };
 
 // One tile's operands: num_words of some rows and of some panels.
@@ -63,6 +79,8 @@ struct TileArgs {
   const char* ahead;  // what will be read next, fetched in steps of `ahead_step` bytes per word
   i64 ahead_step;
   bool is_stream;  // read once, from memory: that is quickest in order, one panel after the other
+  i64 slab_words;  // that the rows have room for
+  const std::uint32_t* exponents;  // of integers' blocks, in a panel's front
 };
 
 // sums[row][panel * kPanel ...] += rows times panels, or = where nothing is there yet.
@@ -142,80 +160,6 @@ void multiply_some(i64 rows, const TileArgs<T>& t, i64 num_panels, float* sums, 
   }
 }
 
-#if HAS_AMX
-
-// Sums of RowTiles x 16 rows and some panels; what is past the last row comes out as it may.
-template <int RowTiles, int Panels>
-void multiply_tile_block(const TileArgs<bf16>& t, float* sums, i64 stride, bool is_first) {
-  static_assert(RowTiles * Panels <= 4, "the sums take half of the tiles");
-  const i64 row_bytes = t.row_size * 4, sum_bytes = stride * 4;
-  const auto for_sums = [&](auto body) __attribute__((always_inline)) {
-    unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
-      unrolled<Panels>([&](auto p) __attribute__((always_inline)) {
-        body(std::integral_constant<int, r * Panels + p>(), sums + r * kTile * stride + p * kPanel);
-      });
-    });
-  };
-  for_sums([&](auto tile, float* at) __attribute__((always_inline)) {
-    is_first ? tile_zero<tile>() : tile_load<tile>(at, sum_bytes);
-  });
-  const i64 words_per_line = kLine / t.ahead_step;
-  for (i64 word = 0; word < t.num_words; word += kTile) {
-    unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
-      tile_load<4 + r>(t.x + r * kTile * t.row_size + word, row_bytes);
-    });
-    unrolled<Panels>([&](auto p) __attribute__((always_inline)) {
-      const i64 panel = p * t.panel_words;
-      for (i64 i = 0; i < kTile; i += words_per_line) {
-        __builtin_prefetch(t.ahead + panel * 4 + (word + i) * t.ahead_step, 0, 2);
-      }
-      tile_load<6 + p % 2>(t.weight + panel + word * kPanel, kTileRowBytes);
-      unrolled<RowTiles>([&](auto r) __attribute__((always_inline)) {
-        tile_multiply_add<r * Panels + p, 4 + r, 6 + p % 2>();
-      });
-    });
-  }
-  for_sums([&](auto tile, float* at) __attribute__((always_inline)) {
-    tile_store<tile>(at, sum_bytes);
-  });
-}
-
-template <int RowTiles>
-void multiply_in_tiles(TileArgs<bf16> t, i64 num_panels, float* sums, i64 stride, bool is_first) {
-  constexpr int kPanels = 4 / RowTiles;
-  for (i64 panels; num_panels > 0; num_panels -= panels) {
-    panels = num_panels < kPanels ? 1 : kPanels;
-    panels == 1 ? multiply_tile_block<RowTiles, 1>(t, sums, stride, is_first)
-                : multiply_tile_block<RowTiles, kPanels>(t, sums, stride, is_first);
-    t.weight += panels * t.panel_words;
-    t.ahead += panels * t.panel_words * 4;
-    sums += panels * kPanel;
-  }
-}
-
-// Whole tiles of words there, the words after them with vectors.
-inline void multiply_rows(i64 num_rows, TileArgs<bf16> t, i64 num_panels, float* sums, i64 stride,
-                          bool is_first) {
-  const i64 num_words = t.num_words;
-  t.num_words = num_words / kTile * kTile;
-  if (t.num_words > 0) {
-    num_rows <= kTile ? multiply_in_tiles<1>(t, num_panels, sums, stride, is_first)
-                      : multiply_in_tiles<2>(t, num_panels, sums, stride, is_first);
-  }
-  if (t.num_words == num_words) return;
-  t.x += t.num_words;
-  t.weight += t.num_words * kPanel;
-  is_first &= t.num_words == 0;
-  t.num_words = num_words - t.num_words;
-  for (i64 row = 0; row < num_rows; row += kPackedRows) {
-    const i64 rows = num_rows - row < kPackedRows ? num_rows - row : kPackedRows;
-    multiply_some(rows, t, num_panels, sums + row * stride, stride, is_first);
-    t.x += rows * t.row_size;
-  }
-}
-
-#endif
-
 template <class T>
 inline void multiply_rows(i64 num_rows, const TileArgs<T>& t, i64 num_panels, float* sums, i64 stride,
                           bool is_first) {
@@ -229,13 +173,13 @@ struct PackedPlan {
   // Rows that meet a group of panels at once, where there are many.
   static constexpr i64 kBlockRows = UsesTiles<T>::value ? 32 : kPackedRows;
   static constexpr i64 kFewRows = UsesTiles<T>::value ? 16 : kPackedRows;
-  static constexpr i64 kWordUnit = UsesTiles<T>::value ? 16 : 1;
   static constexpr i64 kMostWords = UsesTiles<T>::value ? kSlabWords / 4 : kSlabWords;
 
   i64 num_words, slab_words, num_slabs;
   i64 block_rows, chunk_rows, num_chunks;
   i64 group_panels, piece_panels, num_pieces;  // of one chunk
-  bool keeps_slabs;                            // all slabs of the rows are in memory at once
+  bool shares_rows;                            // all rows are taken before the first product
+  bool keeps_slabs;                            // else: all slabs of the rows are in memory at once
 
   // `unit` panels must not be parted.
   PackedPlan(const PackedLinearArgs& a, i64 num_panels, i64 unit)
@@ -243,13 +187,14 @@ struct PackedPlan {
     const bool is_few = a.num_rows <= kFewRows;
     const i64 most_words = kMostWords * (a.num_rows <= kFewBlocks * kBlockRows ? 2 : 1);
     slab_words = is_few ? num_words : divide_up(num_words, divide_up(num_words, most_words));
-    slab_words = round_up(slab_words, kWordUnit);
+    slab_words = round_up(slab_words, Shape::kWordUnit);
     num_slabs = divide_up(num_words, slab_words);
     block_rows = is_few ? kFewRows : kBlockRows;
     const i64 fitting = kRowSlabBytes / (row_size() * 4) / block_rows * block_rows;
     const i64 most = fitting < block_rows ? block_rows : fitting;
     chunk_rows = round_up(divide_up(a.num_rows, divide_up(a.num_rows, most)), block_rows);
     num_chunks = divide_up(a.num_rows, chunk_rows);
+    shares_rows = Shape::kTakesOnce && !is_few;
     keeps_slabs = num_chunks == 1 && slab_size() * num_slabs * 4 <= kKeptBytes;
     const i64 wanted = num_panels * num_chunks / (kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
@@ -259,15 +204,20 @@ struct PackedPlan {
     num_pieces = divide_up(num_panels, piece_panels);
   }
 
-  i64 row_size() const { return slab_words * Shape::kPerRowWord; }
+  i64 row_size() const { return Shape::row_size(slab_words); }
   i64 slab_size() const { return chunk_rows * row_size(); }
-  i64 rows_bytes() const { return round_up(slab_size() * (keeps_slabs ? num_slabs : 1) * 4, kLine); }
+  i64 shared_bytes() const { return shares_rows ? num_chunks * num_slabs * slab_size() * 4 : 0; }
+  i64 rows_bytes() const {
+    const i64 kept = shares_rows ? 0 : keeps_slabs ? num_slabs : 1;
+    return round_up(slab_size() * kept * 4, kLine);
+  }
   i64 sums_bytes() const { return chunk_rows * piece_panels * kPanel * 4; }
 };
 
-// Elements [begin, end) of a row as multiply_panels reads them; what is past its end is zero.
+// Of a slab, as multiply_panels reads it; what is past the row's end is zero.
 template <class T>
-void widen_row(const T* from, i64 num_inputs, i64 size, RowElement<T>* to) {
+void take_row(const T* from, i64 num_inputs, i64 slab_words, RowElement<T>* to, T) {
+  const i64 size = PackedShape<T>::row_size(slab_words);
   if constexpr (Words<T>::kPairs) {
     for (i64 word = num_inputs / 2; word < size; ++word) to[word] = 0;
     std::memcpy(to, from, num_inputs * sizeof(T));
@@ -277,12 +227,36 @@ void widen_row(const T* from, i64 num_inputs, i64 size, RowElement<T>* to) {
   }
 }
 
+template <class T>
+void take_slab(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 row, i64 slab,
+               RowElement<T>* to) {
+  const i64 size = plan.slab_words * PackedShape<T>::kPerWord;
+  const i64 begin = slab * size, left = a.num_inputs - begin;
+  const auto* from = static_cast<const Value<T>*>(a.x) + row * a.row_stride + begin;
+  take_row(from, left < size ? left : size, plan.slab_words, to, T{});
+}
+
+// All rows, chunk after chunk, slab after slab.
+template <class T>
+void take_rows(const PackedLinearArgs& a, const PackedPlan<T>& plan, RowElement<T>* to) {
+  auto body = [&](i64 row) {
+    const i64 chunk = row / plan.chunk_rows, place = row % plan.chunk_rows;
+    for (i64 slab = 0; slab < plan.num_slabs; ++slab) {
+      RowElement<T>* rows = to + (chunk * plan.num_slabs + slab) * plan.slab_size();
+      take_slab(a, plan, row, slab, rows + place * plan.row_size());
+    }
+  };
+  parallel(a.num_rows, grain_for(2 * a.num_inputs), body);
+}
+
 // One thread's share of a product: takes pieces until none is left.
 template <class T>
 class PackedWorker {
  public:
-  PackedWorker(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 num_panels, char* memory)
-      : a_(a), plan_(plan), num_panels_(num_panels),
+  // `shared`: null, or what take_rows made.
+  PackedWorker(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 num_panels, const void* shared,
+               char* memory)
+      : a_(a), plan_(plan), num_panels_(num_panels), shared_(static_cast<const RowElement<T>*>(shared)),
         rows_(reinterpret_cast<RowElement<T>*>(memory)),
         sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
 
@@ -303,12 +277,13 @@ class PackedWorker {
 
   void multiply_slab(i64 slab, i64 row, i64 num_rows, i64 panel, i64 num_panels) {
     const i64 first_word = slab * plan_.slab_words, left = plan_.num_words - first_word;
-    const i64 panel_words = plan_.num_words * kPanel;
-    TileArgs<T> t = {widened(slab, row, num_rows), plan_.row_size(),
-                     static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words +
-                         first_word * kPanel,
+    const i64 panel_words = PackedShape<T>::panel_words(plan_.num_words);
+    const auto* front = static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words;
+    const auto* weight = front + PackedShape<T>::front_words(plan_.num_words);
+    TileArgs<T> t = {taken(slab, row, num_rows), plan_.row_size(), weight + first_word * kPanel,
                      panel_words, left < plan_.slab_words ? left : plan_.slab_words,
-                     nullptr, 0, false};
+                     nullptr, 0, false, plan_.slab_words,
+                     front + PackedShape<T>::front_words_before(first_word)};
     const i64 num_blocks = divide_up(num_rows, plan_.block_rows);
     t.is_stream = num_blocks == 1 && num_rows <= kStreamRows;
     // One block of rows passes once over all panels; more of them meet some panels after another,
@@ -317,12 +292,13 @@ class PackedWorker {
     for (i64 p = 0; p < num_panels; p += group) {
       const i64 panels = num_panels - p < group ? num_panels - p : group;
       const char* next = reinterpret_cast<const char*>(t.weight + p * panel_words) +
-                         (num_blocks == 1 ? kPrefetchBytes : group * panel_words * 4);
+                         (num_blocks == 1 ? PackedShape<T>::kPrefetchBytes : group * panel_words * 4);
       for (i64 b = 0; b < num_blocks; ++b) {
         const i64 first = first_row(b, num_blocks, num_rows);
         TileArgs<T> tile = t;
         tile.x += first * t.row_size;
         tile.weight += p * panel_words;
+        tile.exponents += p * panel_words;
         tile.ahead = next + b * t.num_words * kLine / num_blocks;
         tile.ahead_step = divide_up(kLine, num_blocks);
         multiply_rows(first_row(b + 1, num_blocks, num_rows) - first, tile, panels,
@@ -338,26 +314,23 @@ class PackedWorker {
     return row < num_rows ? row : num_rows;
   }
 
-  // The rows' part of a slab, made unless it is still there.
-  const RowElement<T>* widened(i64 slab, i64 row, i64 num_rows) {
+  // The rows' part of a slab, made unless it is there.
+  const RowElement<T>* taken(i64 slab, i64 row, i64 num_rows) {
+    if (shared_) return shared_ + (row / plan_.chunk_rows * plan_.num_slabs + slab) * plan_.slab_size();
     RowElement<T>* to = rows_ + (plan_.keeps_slabs ? slab * plan_.slab_size() : 0);
-    if (plan_.keeps_slabs && slab < num_widened_) return to;
-    const i64 begin = slab * plan_.slab_words * PackedShape<T>::kPerWord;
-    const i64 size = plan_.slab_words * PackedShape<T>::kPerWord, left = a_.num_inputs - begin;
-    for (i64 r = 0; r < num_rows; ++r) {
-      const T* from = static_cast<const T*>(a_.x) + (row + r) * a_.row_stride + begin;
-      widen_row(from, left < size ? left : size, plan_.row_size(), to + r * plan_.row_size());
-    }
-    num_widened_ = slab + 1;
+    if (plan_.keeps_slabs && slab < num_taken_) return to;
+    for (i64 r = 0; r < num_rows; ++r) take_slab(a_, plan_, row + r, slab, to + r * plan_.row_size());
+    num_taken_ = slab + 1;
     return to;
   }
 
   const PackedLinearArgs& a_;
   const PackedPlan<T>& plan_;
   const i64 num_panels_;
+  const RowElement<T>* shared_;
   RowElement<T>* rows_;
   float* sums_;
-  i64 num_widened_ = 0;
+  i64 num_taken_ = 0;
 };
 
 // 32-bit words of up to 16 rows side by side: to[word][row], `stride` from word to word. Null rows

@@ -20,6 +20,13 @@ template <class T, class Emit>
 bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
   if (a.num_rows == 0) return true;
   const typename Product<T>::Plan plan(a, num_panels, unit);
+  void* shared = nullptr;
+  if constexpr (PackedShape<T>::kTakesOnce) {
+    if (plan.shares_rows) {
+      if (!(shared = shared_scratch(plan.shared_bytes()))) return false;
+      take_rows(a, plan, static_cast<RowElement<T>*>(shared));
+    }
+  }
   const i64 num_pieces = plan.num_chunks * plan.num_pieces;
   i64 next = 0;
   bool has_memory = true;
@@ -28,7 +35,7 @@ bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit em
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     const std::conditional_t<UsesTiles<T>::value, TileSession, char> session = {};
     (void)session;
-    typename Product<T>::Worker worker(a, plan, num_panels, memory);
+    typename Product<T>::Worker worker(a, plan, num_panels, shared, memory);
     for (;;) {
       const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (index >= num_pieces) return;
@@ -41,11 +48,11 @@ bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit em
 
 template <class T>
 bool packed_linear(const PackedLinearArgs& a) {
-  const T* bias = static_cast<const T*>(a.bias);
+  const auto* bias = static_cast<const Value<T>*>(a.bias);
   const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
     const i64 output = panel * kPanel, left = a.num_outputs - output;
     const i64 size = num_panels * kPanel;
-    T* out = static_cast<T*>(a.out) + row * a.num_outputs + output;
+    auto* out = static_cast<Value<T>*>(a.out) + row * a.num_outputs + output;
     for_lanes(left < size ? left : size, [&](i64 i, auto extent) {
       const vf added = bias ? load(bias + output + i, extent) : vf{};
       store(out + i, load(sums + i, extent) + added, extent);
@@ -58,7 +65,7 @@ bool packed_linear(const PackedLinearArgs& a) {
 template <class T>
 bool packed_gate_up(const PackedLinearArgs& a) {
   const auto emit = [&](i64 row, i64 panel, i64 num_panels, const float* sums) {
-    T* out = static_cast<T*>(a.out) + row * a.num_outputs + panel / 2 * kPanel;
+    auto* out = static_cast<Value<T>*>(a.out) + row * a.num_outputs + panel / 2 * kPanel;
     for (i64 pair = 0; pair < num_panels / 2; ++pair, sums += 2 * kPanel, out += kPanel) {
       for (int i = 0; i < kPanel; i += kLanes) {
         const vf gate = load(sums + i, Whole{}), up = load(sums + kPanel + i, Whole{});
@@ -69,48 +76,63 @@ bool packed_gate_up(const PackedLinearArgs& a) {
   return packed_product<T>(a, 2 * a.num_outputs / kPanel, 2, emit);
 }
 
+// Up to 16 rows of a matrix, null where there is none, into a panel.
+template <class T>
+void pack_panel(const T* const* rows, i64 num_inputs, std::uint32_t* to, T) {
+  using Shape = PackedShape<T>;
+  const i64 num_whole = num_inputs / Shape::kPerWord, num_words = Shape::num_words(num_inputs);
+  const char* from[kPanel];
+  for (i64 i = 0; i < kPanel; ++i) from[i] = reinterpret_cast<const char*>(rows[i]);
+  transpose_words(from, num_whole, to, kPanel);
+  // An odd last bf16 is a word with an empty half.
+  for (i64 i = 0; i < kPanel && num_whole < num_words; ++i) {
+    std::uint32_t bits = 0;
+    if (from[i]) std::memcpy(&bits, from[i] + num_whole * 4, sizeof(T));
+    to[num_whole * kPanel + i] = bits;
+  }
+}
+
 // Rows of one or, in turn by panels, two matrices [num_outputs, num_inputs] into panels.
 template <class T>
 bool pack_panels(const PackArgs& a) {
   using Shape = PackedShape<T>;
-  const i64 num_whole = a.num_inputs / Shape::kPerWord, num_words = Shape::num_words(a.num_inputs);
+  const i64 panel_words = Shape::panel_words(Shape::num_words(a.num_inputs));
   const i64 num_matrices = a.second ? 2 : 1;
   const i64 num_panels = (a.num_outputs + kPanel - 1) / kPanel * num_matrices;
-  expect_large_pages(a.out, num_panels * num_words * kPanel * 4);
+  expect_large_pages(a.out, num_panels * panel_words * 4);
   auto body = [&](i64 panel) {
     const bool is_second = a.second && panel % 2 == 1;
-    const T* from = static_cast<const T*>(is_second ? a.second : a.first);
-    auto* to = static_cast<std::uint32_t*>(a.out) + panel * num_words * kPanel;
-    const char* rows[kPanel];
+    const auto* from = static_cast<const Value<T>*>(is_second ? a.second : a.first);
+    const Value<T>* rows[kPanel];
     for (i64 i = 0; i < kPanel; ++i) {
       const i64 output = panel / num_matrices * kPanel + i;
-      const T* row = output < a.num_outputs ? from + output * a.num_inputs : nullptr;
-      rows[i] = reinterpret_cast<const char*>(row);
+      rows[i] = output < a.num_outputs ? from + output * a.num_inputs : nullptr;
     }
-    transpose_words(rows, num_whole, to, kPanel);
-    // An odd last bf16 is a word with an empty half.
-    for (i64 i = 0; i < kPanel && num_whole < num_words; ++i) {
-      std::uint32_t bits = 0;
-      if (rows[i]) std::memcpy(&bits, rows[i] + num_whole * 4, sizeof(T));
-      to[num_whole * kPanel + i] = bits;
-    }
+    pack_panel(rows, a.num_inputs, static_cast<std::uint32_t*>(a.out) + panel * panel_words, T{});
   };
-  parallel(num_panels, grain_for(num_words * kPanel), body);
+  parallel(num_panels, grain_for(panel_words), body);
   return true;
 }
 
 template <class T>
+void unpack_row(const std::uint32_t* panel, i64 place, i64 num_inputs, T* to, T) {
+  const std::uint32_t* from = panel + place;
+  const i64 num_whole = num_inputs / PackedShape<T>::kPerWord;
+  for (i64 word = 0; word < num_whole; ++word) {
+    std::memcpy(to + word * PackedShape<T>::kPerWord, from + word * kPanel, 4);
+  }
+  const i64 done = num_whole * PackedShape<T>::kPerWord;
+  if (done < num_inputs) std::memcpy(to + done, from + num_whole * kPanel, sizeof(T));
+}
+
+template <class T>
 bool packed_embedding(const PackedEmbeddingArgs& a) {
-  using Shape = PackedShape<T>;
-  const i64 num_words = Shape::num_words(a.num_inputs);
+  const i64 num_words = PackedShape<T>::num_words(a.num_inputs);
+  const i64 panel_words = PackedShape<T>::panel_words(num_words);
   auto body = [&](i64 row) {
     const i64 id = a.token_ids[row];
-    const auto* from = static_cast<const std::uint32_t*>(a.weight) +
-                       id / kPanel * num_words * kPanel + id % kPanel;
-    char* to = static_cast<char*>(a.out) + row * a.num_inputs * sizeof(T);
-    const i64 num_whole = a.num_inputs / Shape::kPerWord;
-    for (i64 word = 0; word < num_whole; ++word) std::memcpy(to + word * 4, from + word * kPanel, 4);
-    if (num_whole < num_words) std::memcpy(to + num_whole * 4, from + num_whole * kPanel, sizeof(T));
+    const auto* panel = static_cast<const std::uint32_t*>(a.weight) + id / kPanel * panel_words;
+    unpack_row(panel, id % kPanel, a.num_inputs, static_cast<Value<T>*>(a.out) + row * a.num_inputs, T{});
   };
   parallel(a.num_rows, grain_for(8 * num_words), body);
   return true;

@@ -43,7 +43,7 @@ __attribute__((noinline)) void multiply_pairs_panel(const std::uint32_t* x,
                                                     const std::uint32_t* weight, i64 num_words,
                                                     bool fetches, float* sums) {
   vf total[Rows] = {};
-  const i64 ahead = fetches ? kPrefetchBytes / 4 : 0;
+  const i64 ahead = fetches ? PackedShape<bf16>::kPrefetchBytes / 4 : 0;
   for (i64 word = 0; word < num_words; ++word, x += Places, weight += kPanel) {
     __builtin_prefetch(weight + ahead, 0, 3);
     const vu pairs = load_raw<vu>(weight, Whole{});
@@ -75,7 +75,8 @@ void multiply_pairs_rows(i64 rows, i64 places, const std::uint32_t* x, const std
 // One thread's share of a product.
 class PairWorker {
  public:
-  PairWorker(const PackedLinearArgs& a, const PairPlan& plan, i64 num_panels, char* memory)
+  PairWorker(const PackedLinearArgs& a, const PairPlan& plan, i64 num_panels, const void* /*shared*/,
+             char* memory)
       : a_(a), plan_(plan), num_panels_(num_panels),
         rows_(reinterpret_cast<std::uint32_t*>(memory)),
         sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
@@ -110,7 +111,7 @@ class PairWorker {
     const i64 first_of_block = first_row(block), num_rows = first_row(block + 1) - first_of_block;
     std::uint32_t* to = rows_ + block * plan_.block_words();
     const bf16* from = static_cast<const bf16*>(a_.x) + (row_ + first_of_block) * a_.row_stride;
-    if (plan_.places == 1) return widen_row(from, a_.num_inputs, plan_.num_words, to);
+    if (plan_.places == 1) return take_row(from, a_.num_inputs, plan_.num_words, to, bf16{});
     const i64 num_whole = a_.num_inputs / 2;
     for (i64 first = 0; first < num_rows; first += kPanel) {
       const char* rows[kPanel] = {};

@@ -150,6 +150,23 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+// Grows as it must, keeps nothing.
+class Scratch {
+ public:
+  void* of(std::size_t num_bytes) {
+    if (num_bytes > capacity_) {
+      const std::size_t rounded = (num_bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, rounded));
+      capacity_ = memory_ ? rounded : 0;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+  std::size_t capacity_ = 0;
+};
+
 }  // namespace
 
 void parallel_for(i64 count, i64 grain, Task task, void* context) {
@@ -164,14 +181,13 @@ void parallel_for(i64 count, i64 grain, Task task, void* context) {
 }
 
 void* scratch(std::size_t num_bytes) {
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local std::size_t capacity = 0;
-  if (num_bytes > capacity) {
-    const std::size_t rounded = (num_bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, rounded));
-    capacity = memory ? rounded : 0;
-  }
-  return memory.get();
+  thread_local Scratch memory;
+  return memory.of(num_bytes);
+}
+
+void* shared_scratch(std::size_t num_bytes) {
+  thread_local Scratch memory;
+  return memory.of(num_bytes);
 }
 
 void expect_large_pages(void* memory, std::size_t num_bytes) {

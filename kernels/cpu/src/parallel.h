@@ -16,6 +16,9 @@ void parallel_for(i64 count, i64 grain, Task task, void* context);
 // This thread's own memory, aligned to 64 bytes, until its next call; null when there is none.
 void* scratch(std::size_t num_bytes);
 
+// Another such, for what a caller of parallel_for prepares for all its threads.
+void* shared_scratch(std::size_t num_bytes);
+
 // Asks for large pages where `memory` is about to be written for the first time: its page faults
 // would take longer than the writing.
 void expect_large_pages(void* memory, std::size_t num_bytes);

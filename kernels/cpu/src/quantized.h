@@ -75,42 +75,6 @@ struct Pairs {
   static vu value(vu word) { return (word >> (Bits * Step)) & kMask; }
 };
 
-// Lane by lane, the products of both halves added.
-inline vi multiply_pairs(vu a, vu b) {
-#if LANES == 16 && defined(__AVX512BW__)
-  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif LANES == 8 && defined(__AVX2__)
-  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-  const vi low = ((vi)(a << 16) >> 16) * ((vi)(b << 16) >> 16);
-  return low + ((vi)a >> 16) * ((vi)b >> 16);
-#endif
-}
-
-// total += the products of both halves, lane by lane. The one instruction that does both makes its
-// sum wait for the multiplication: with few sums at a time two are quicker.
-template <int NumSums>
-inline __attribute__((always_inline)) void add_pairs(vi& total, vu a, vu b) {
-#if LANES == 16 && defined(__AVX512VNNI__)
-  if constexpr (NumSums >= 4) {
-    total = (vi)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
-    return;
-  }
-#endif
-  total += multiply_pairs(a, b);
-}
-
-// Additions of integers may be put off by the compiler, until the products fill all registers.
-inline __attribute__((always_inline)) void keep_order(vi& sum) {
-#if LANES == 16 && defined(__AVX512BW__)
-  asm("" : "+v"(sum));
-#elif LANES == 8 && defined(__AVX2__)
-  asm("" : "+x"(sum));
-#else
-  (void)sum;
-#endif
-}
-
 template <int Bits, int Rows, int Panels>
 __attribute__((noinline)) void paired_rows(const QuantizedLinearArgs& a, i64 row, i64 panel, float* out,
                                            i64 out_stride) {
@@ -158,7 +122,7 @@ __attribute__((noinline)) void paired_rows(const QuantizedLinearArgs& a, i64 row
             const vu inputs = vu{} + x[r * stride + decltype(step)::value];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-              add_pairs<Rows * kVectors>(total[r][v], weights[v], inputs);
+              add_integers<Rows * kVectors>(total[r][v], weights[v], inputs);
               keep_order(total[r][v]);
             }
           }
@@ -191,12 +155,11 @@ inline BlockOfRow as_integers(const float* values, std::int32_t* integers) {
     poison += v - v;  // nothing, unless something is not finite: then the results must not be either
   }
   const float largest = maximum(most), inverse = largest > kNothing ? kLargest / largest : 0;
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vi sums = {};
   for (i64 i = 0; i < kBlockInputs; i += kLanes) {
-    const vi rounded = (vi)(load(values + i, Whole{}) * splat(inverse) + magic) - (vi)magic;
-    store_raw(integers + i, rounded, Whole{});
-    sums += rounded;
+    const vi nearest = rounded(load(values + i, Whole{}) * splat(inverse));
+    store_raw(integers + i, nearest, Whole{});
+    sums += nearest;
   }
   std::int32_t total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];

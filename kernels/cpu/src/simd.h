@@ -12,6 +12,7 @@ typedef std::int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef std::uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef std::uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef std::int8_t vb __attribute__((vector_size(LANES)));
+typedef std::uint8_t vub __attribute__((vector_size(LANES)));
 
 struct bf16 {
   std::uint16_t bits;
@@ -120,11 +121,16 @@ inline void store(float* to, vf v, Extent extent) { store_raw(to, v, extent); }
 template <class Extent>
 inline void store(bf16* to, vf v, Extent extent) { store_raw(to, narrow(v), extent); }
 
+// To the nearest integer, of two the even one; |v| <= 2^22.
+inline vi rounded(vf v) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  return (vi)(v + magic) - (vi)magic;
+}
+
 // Rounds to nearest even; |v| <= 127.
 template <class Extent>
 inline void store(std::int8_t* to, vf v, Extent extent) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  store_raw(to, __builtin_convertvector((vi)(v + magic) - (vi)magic, vb), extent);
+  store_raw(to, __builtin_convertvector(rounded(v), vb), extent);
 }
 
 // The value that a store and a load would give back.
