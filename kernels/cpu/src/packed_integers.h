@@ -31,7 +31,7 @@ struct Storage<Int16> {
 template <>
 struct PackedShape<Int16> {
   static constexpr i64 kPerWord = 2, kPerRowWord = 1;
-  static constexpr i64 kWordUnit = kIntegerBlockWords, kPrefetchBytes = 1536;
+  static constexpr i64 kWordUnit = kIntegerBlockWords, kPrefetchBytes = 768;
   static constexpr bool kTakesOnce = true;
 
   static i64 num_words(i64 num_inputs) { return divide_up(num_inputs, kPerWord); }
