@@ -1,6 +1,7 @@
 """Layouts of weights: what the native library packs is what the definition in torch says.
 
-test_kernels.py multiplies what is packed here; this knows the one operation whose sums might overflow.
+test_kernels.py multiplies what is packed here. One operation is known: its sums are bounded by how
+rows and weights become integers.
 """
 
 from __future__ import annotations
