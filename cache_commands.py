@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .engine.errors import ConfigError
+from .kernels.cpu.native import LEVELS
 
 if TYPE_CHECKING:
     from .weights_cache.inventory import Entry
@@ -50,6 +51,7 @@ file is compared with the digest that its source publishes (hub, S3, a SHA256SUM
 examples:
   pilotlight cache add hf://org/name
   pilotlight cache add https://example.com/qwen/ --dtype float32
+  pilotlight cache add hf://org/name --instruction-set avx2     for other machines than this one
   pilotlight cache add s3://bucket/qwen/ --no-build     only fetch
 """
 
@@ -81,6 +83,12 @@ def add_to(commands: Any) -> None:
     )  # fmt: skip
     add.add_argument("--head-dtype", default="auto", choices=("auto", "int8"),
                      help="as it will be served")  # fmt: skip
+    add.add_argument(
+        "--instruction-set",
+        choices=LEVELS,
+        help="of the machines that will read the "
+        "artefact: avx2 reads another than what is beyond it (default: this one's)",
+    )
     add.add_argument("--no-build", action="store_true", help="only fetch, build no artefact")
     kind("list", _list, "what is there: sizes, ages, leases")
     verify = kind("verify", _verify, "hash everything again and compare")
@@ -120,7 +128,7 @@ def _add(arguments: argparse.Namespace) -> int:
         return 130
     if not arguments.no_build:
         asked = arguments.device, arguments.dtype, arguments.head_dtype
-        added |= _build(store, Path(added["folder"]), *asked)
+        added |= _build(store, Path(added["folder"]), *asked, arguments.instruction_set)
     _print(arguments, added, _added_lines(added))
     return 0
 
@@ -147,16 +155,18 @@ def _fetch(source: Source, store: Store, stop: threading.Event) -> dict[str, Any
     }
 
 
-def _build(store: Store, folder: Path, device: str, dtype: str, head_dtype: str) -> dict[str, Any]:
+def _build(
+    store: Store, folder: Path, device: str, dtype: str, head_dtype: str, level: str | None
+) -> dict[str, Any]:
     """Hashes the checkpoint's files where they are not known yet, then writes the artefact."""
     from .engine.models.artefact import build
 
     with ProgressLine("hashing") as hashing, ProgressLine("building") as building:
         lines = {"hash": hashing, "build": building}
-        asked = device, dtype, head_dtype
         built = build(
-            store, folder, *asked, lambda what, done, total: lines[what].show(done, total)
-        )
+            store, folder, device, dtype, head_dtype,
+            lambda what, done, total: lines[what].show(done, total), level,
+        )  # fmt: skip
     return {"artefact": str(built.path), "key": built.key}
 
 

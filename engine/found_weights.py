@@ -90,13 +90,16 @@ def _told(error: Exception) -> None:
     logger.error("%s", error)
 
 
-def find_weights(config: EngineConfig, folder: Path) -> FoundWeights:
-    """Raises CheckpointError or UnsupportedModel: the checkpoint is looked at in any case."""
+def find_weights(config: EngineConfig, folder: Path, level: str | None = None) -> FoundWeights:
+    """Raises CheckpointError or UnsupportedModel: the checkpoint is looked at in any case.
+
+    `level`: as choose_target takes it.
+    """
     manifest = read_manifest(folder)
     model = find_quantized(read_model_config(folder), manifest)
     check_tensors(model, manifest)
     model = replace(model, rounds_head=config.head_dtype == "int8")
-    target = choose_target(config, model.checkpoint_dtype)
+    target = choose_target(config, model.checkpoint_dtype, level)
     if not config.cache:
         return FoundWeights(folder, model, manifest, target, "checkpoint (no cache)")
     store = Store(Path(config.cache))

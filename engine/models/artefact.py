@@ -50,10 +50,14 @@ def build(
     dtype: str = "auto",
     head_dtype: str = "auto",
     on_bytes: OnBytes = lambda what, done, total: None,
+    level: str | None = None,
 ) -> Built:
-    """Builds the artefact, or finds that it is there. Raises SetupError."""
+    """Builds the artefact, or finds that it is there. Raises SetupError.
+
+    `level`: the instruction set of the machines that will read it, None for this one's.
+    """
     asked = EngineConfig(model=str(folder), device=device, dtype=dtype, head_dtype=head_dtype)
-    found = find_weights(asked, folder)
+    found = find_weights(asked, folder, level)
     key = key_of(_digests(store, found, on_bytes), folder, found.model, found.target)
     specs = [_spec(recipe, found.target.dtype) for recipe in _recipes(found)]
     about = {"architecture": found.model.architecture, "source": str(folder.resolve())}

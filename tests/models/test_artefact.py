@@ -13,14 +13,19 @@ from pilotlight.bench.make_model import write_model
 from pilotlight.engine.boot import Booted, boot
 from pilotlight.engine.boot_report import Unheard
 from pilotlight.engine.config import EngineConfig
-from pilotlight.engine.found_weights import FoundWeights, fill_ring
+from pilotlight.engine.found_weights import FoundWeights, fill_ring, find_weights
 from pilotlight.engine.models import artefact
+from pilotlight.kernels.cpu import native
 from pilotlight.tests.models.checkpoints import engine_tokens, prompt_of
 from pilotlight.weights_cache.store import Store
 from torch import Tensor
 
 NUM_NEW_TOKENS = 12
 SHAPES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
+
+needs_native = pytest.mark.skipif(
+    native.library() is None, reason=native.missing_reason() or "the library is there"
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Cached:
         prompts = [prompt_of(length, seed=length) for length in (1, 17, 40)]
         return engine_tokens(booted.core, prompts, NUM_NEW_TOKENS)
 
-    def build(self) -> artefact.Built:
-        built = artefact.build(Store(self.cache), self.folder, "cpu", "bfloat16")
+    def build(self, level: str | None = None) -> artefact.Built:
+        built = artefact.build(Store(self.cache), self.folder, "cpu", "bfloat16", level=level)
         # A digest of a file that was just written is not believed: this one was written long ago.
         for record in (self.cache / "digests").iterdir():
             later_s = record.stat().st_mtime + 10
@@ -75,6 +80,23 @@ def test_both_give_equal_tokens(cached: Cached) -> None:
     assert booted.facts.artefact == "artefact"
     assert cached.tokens(booted) == wanted
     booted.weights.close()
+
+
+@needs_native
+def test_one_can_be_built_for_machines_of_another_instruction_set(
+    cached: Cached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = "avx512" if native.level() == "avx2" else "avx2"
+    here, other = cached.build(), cached.build(there)
+    assert here.key != other.key
+    assert cached.build().key == here.key
+    monkeypatch.setattr(native, "level", lambda: there)
+    config = EngineConfig(
+        model=str(cached.folder), device="cpu", dtype="bfloat16", cache=str(cached.cache)
+    )
+    found = find_weights(config, cached.folder)
+    assert (found.key, found.origin) == (other.key, "artefact")
+    found.close()
 
 
 def test_both_give_logits_of_equal_bits(cached: Cached) -> None:

@@ -87,18 +87,16 @@ def test_add_fetches_and_says_where_it_is(run: Run, url: str, cache: Path) -> No
 
 
 def test_add_builds_what_was_fetched(run: Run, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[tuple[Path, str, str, str]] = []
+    built: list[tuple[object, ...]] = []
 
-    def build(
-        store: Store, folder: Path, device: str, dtype: str, head_dtype: str
-    ) -> dict[str, Any]:
-        built.append((folder, device, dtype, head_dtype))
+    def build(store: Store, *asked: object) -> dict[str, Any]:
+        built.append(asked)
         return {"artefact": "0123"}
 
     monkeypatch.setattr(cache_commands, "_build", build)
     asked = ("--device", "cpu", "--dtype", "float32", "--head-dtype", "int8")
-    added = answer(run("add", url, "--json", *asked))
-    assert built == [(Path(added["folder"]), "cpu", "float32", "int8")]
+    added = answer(run("add", url, "--json", *asked, "--instruction-set", "avx2"))
+    assert built == [(Path(added["folder"]), "cpu", "float32", "int8", "avx2")]
     assert added["artefact"] == "0123"
     assert added["num_bytes"] == added["num_bytes_moved"] > 3_200_000
 
