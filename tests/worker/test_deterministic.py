@@ -75,12 +75,12 @@ def answer(
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_prompt_that_was_an_answer_once(deterministic: bool) -> None:
-    """Its blocks hold keys of decodes: shared, its log probabilities are other ones."""
+    """Its blocks hold keys of decodes: shared, its log probabilities are other ones, of some."""
     core = engine(deterministic)
-    prompt = prompt_of(41, seed=9)
-    longer = prompt + [token_id for token_id, _, _ in answer(core, prompt)]
-    among_others = answer(core, longer)
-    alone = answer(core, longer, salt="alone")
+    prompts = [prompt_of(41, seed=seed) for seed in range(9, 15)]
+    longer = [prompt + [token_id for token_id, _, _ in answer(core, prompt)] for prompt in prompts]
+    among_others = [answer(core, prompt) for prompt in longer]
+    alone = [answer(core, prompt, salt="alone") for prompt in longer]
     assert (among_others == alone) is deterministic
 
 
