@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .engine.errors import ConfigError
-from .kernels.cpu.native import LEVELS
+from .kernels.cpu.level_names import LEVELS
 
 if TYPE_CHECKING:
     from .weights_cache.inventory import Entry
@@ -86,8 +86,8 @@ def add_to(commands: Any) -> None:
     add.add_argument(
         "--instruction-set",
         choices=LEVELS,
-        help="of the machines that will read the "
-        "artefact: avx2 reads another than what is beyond it (default: this one's)",
+        help="of the machines that will read it: avx2 reads another artefact than what is beyond "
+        "it (default: this one's)",
     )
     add.add_argument("--no-build", action="store_true", help="only fetch, build no artefact")
     kind("list", _list, "what is there: sizes, ages, leases")

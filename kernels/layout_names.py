@@ -16,7 +16,7 @@
                bits first; beside it scales, perhaps zero points, [N/16, groups, 16], fp32
 
 With bfloat16 a panel's words are what AVX512-BF16 and AMX (VNNI) multiply; AVX-512 makes two floats
-of each. AVX2 multiplies pairs of 16-bit integers at up to twice the rate of floats.
+of each. AVX2 multiplies pairs of 16-bit integers faster than floats: 1.6 times, on Zen 3.
 """
 
 from __future__ import annotations

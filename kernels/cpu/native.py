@@ -16,8 +16,6 @@ from typing import cast
 
 LIBRARY_PATH = Path(__file__).with_name("libpilotlight_cpu.so")
 ABI_VERSION = 9
-LEVELS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
-"""All instruction sets that there is code for, best first; `levels` are this machine's."""
 
 _ERRORS = {
     1: (MemoryError, "the CPU kernels could not get memory"),

@@ -8,8 +8,8 @@
 // exact in 32 bits: weights are below 2^13, and what a row has of a block adds up to 2^18 at most, all
 // as magnitudes. Blocks are added up in floats, one chain.
 //
-// The bounds share 31 bits out so that weights and rows are rounded about alike, to a few thousandths of
-// a percent of what is usual in a block: far less than results are, which are bf16.
+// The bounds share 31 bits out between weights and rows. Of normally distributed numbers the rounding
+// is 0.004 and 0.011 % (root mean square, of theirs); a result's, to bf16, is 0.17 %.
 
 struct Int16 {
   std::int16_t value;
