@@ -86,9 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = tuple(DTYPES)
     add("--dtype", choices=dtypes, default="bfloat16", help="(default: %(default)s)")
     add("--against-dtype", choices=dtypes, default="bfloat16", help="(default: %(default)s)")
-    add(
-        "--kv-cache-dtype", choices=("auto", "int8", "fp8"), default="auto", help="of MODEL's cache"
-    )
+    caches = ("auto", "plain", "int8", "fp8")
+    add("--kv-cache-dtype", choices=caches, default="auto", help="of MODEL's cache")
     add("--length", type=int, default=1024, metavar="TOKENS",
         help="of a window (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=0, metavar="N", help="end after N; 0: the whole text")
@@ -125,9 +124,10 @@ class Network:
         preparer = Preparer(
             MappedWeights(manifest), CPU, dtype, biases=expected_tensors(self.config)
         )
-        weights = assemble(self.config, choose_target(settings, "").layout, preparer)
+        layout = choose_target(settings, "").layout
+        weights = assemble(self.config, layout, preparer)
         self._decoder = Decoder(self.config, weights, bind(CPU, dtype), length, lambda: None)
-        self._caches: list[LayerCache] = caches_for(self.config, settings, dtype, length)
+        self._caches: list[LayerCache] = caches_for(self.config, settings, dtype, length, layout)
 
     @property
     def quantisation(self) -> str:

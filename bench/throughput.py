@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="random weights repeat themselves "
         "more than texts do, so drafts flatter them (default: %(default)s)",
     )
-    caches = ("auto", "int8", "fp8")
+    caches = ("auto", "plain", "int8", "fp8")
     add("--kv-cache-dtype", default="auto", choices=caches, help="(default: %(default)s)")
     add("--deterministic", action="store_true", help="a request's tokens depend on it alone")
     add("--max-decode-slowdown", type=float, default=DEFAULT.max_decode_slowdown, metavar="TIMES",

@@ -24,7 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of a prompt by shorter ones, in its own lengths; see turns.py. 0: in order of arrival."""
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
-    """auto: that of the weights; int8: with a scale per token and head; fp8: e4m3, without."""
+    """plain: that of the weights; int8: with a scale per token and head; fp8: e4m3, without; auto:
+    plain, or int16 where those are multiplied faster."""
     gpu_memory_fraction: float = 0.9
     """Of the card's memory, all that this engine may take: weights, cache, graphs, the rest."""
     gpu_memory_bytes: int = 0

@@ -15,7 +15,7 @@ from .table import Implementation
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2)}
 """Relative and absolute. bf16 holds 8 bits: two roundings, or rounded softmax weights, may add."""
 
-INT8_TOLERANCE = (0.0, 1.0)
+INTEGER_TOLERANCE = (0.0, 1.0)
 """Two ways to the same fp32 number may lie on both sides of a half."""
 
 
@@ -40,8 +40,8 @@ def assert_close(
 
 
 def _tolerances(found: torch.dtype, dtype: torch.dtype) -> tuple[float, float]:
-    if found is torch.int8:
-        return INT8_TOLERANCE
+    if found in (torch.int8, torch.int16):
+        return INTEGER_TOLERANCE
     return TOLERANCES[dtype] if found.is_floating_point else (0.0, 0.0)
 
 

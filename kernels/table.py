@@ -26,9 +26,11 @@ TABLE: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("triton", "cpu", "reference"),
     "rope_store_kv": ("triton", "cpu", "reference"),
     "rope_store_kv_int8": ("triton", "cpu", "reference"),
+    "rope_store_kv_int16": ("cpu", "reference"),
     "silu_mul": ("triton", "cpu", "reference"),
     "paged_attention": ("invariant", "flash", "pytorch", "triton", "cpu", "reference"),
     "paged_attention_int8": ("invariant", "triton", "cpu", "reference"),
+    "paged_attention_int16": ("cpu", "reference"),
     "linear": ("invariant", "cpu", "reference"),
     "packed_linear": ("cpu", "reference"),
     "packed_gate_up": ("cpu", "reference"),
@@ -38,7 +40,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 """Folders of this package; the module in each has the name of the operation."""
 
-ATTENTION = ("paged_attention", "paged_attention_int8")
+ATTENTION = ("paged_attention", "paged_attention_int8", "paged_attention_int16")
 
 DECODES = {"paged_attention": ("invariant", "flash", "triton", "pytorch", "cpu", "reference")}
 """Where decodes prefer another order than prompts."""
@@ -73,9 +75,11 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rope_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     rope_store_kv_int8: Callable[[*tuple[Tensor, ...]], None]
+    rope_store_kv_int16: Callable[[*tuple[Tensor, ...]], None]
     silu_mul: Callable[[Tensor], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     paged_attention_int8: Callable[..., Tensor]
+    paged_attention_int16: Callable[..., Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     packed_linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     packed_gate_up: Callable[[Tensor, Tensor], Tensor]
@@ -185,10 +189,11 @@ def _checked(
     is_right: Callable[[Implementation, bool], bool],
 ) -> dict[str, list[Implementation]]:
     """Without those before the first that is right: only what is used need be asked."""
-    return {
-        op: list(dropwhile(lambda i: not is_right(i, is_decode), ordered))
-        for op, ordered in attention.items()
-    }
+
+    def is_wrong(implementation: Implementation) -> bool:
+        return implementation.name != "reference" and not is_right(implementation, is_decode)
+
+    return {op: list(dropwhile(is_wrong, ordered)) for op, ordered in attention.items()}
 
 
 def _ordered(usable: list[Implementation], is_decode: bool) -> list[Implementation]:

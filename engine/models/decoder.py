@@ -37,12 +37,12 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """k, v: [num_blocks, block_size, num_kv_heads, head_dim]; if they are int8 they have scales."""
+    """k, v: [num_blocks, block_size, num_kv_heads, head_dim]; int8 with scales; int16 as panels."""
 
     k: Tensor
     v: Tensor
     scales: tuple[Tensor, Tensor] | None = None
-    """Each [num_blocks, block_size, num_kv_heads], fp32."""
+    """Each [num_blocks, block_size, num_kv_heads], fp32, or panels."""
 
 
 class Decoder:
@@ -105,8 +105,11 @@ class Decoder:
             kernels.rope_store_kv(*rows, *keys, batch.slot_mapping)
             out = kernels.paged_attention(q, *keys, *lists, self._scale, window)
         else:
-            kernels.rope_store_kv_int8(*rows, *keys, *cache.scales, batch.slot_mapping)
-            out = kernels.paged_attention_int8(q, *keys, *cache.scales, *lists, self._scale, window)
+            is_bytes = cache.k.dtype is torch.int8
+            store = kernels.rope_store_kv_int8 if is_bytes else kernels.rope_store_kv_int16
+            attention = kernels.paged_attention_int8 if is_bytes else kernels.paged_attention_int16
+            store(*rows, *keys, *cache.scales, batch.slot_mapping)
+            out = attention(q, *keys, *cache.scales, *lists, self._scale, window)
         return self._linear(out, layer.o)
 
     # ---- by layout ---------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels import large_pages
+from ...kernels import cache_panels, large_pages
+from ...kernels.layout_names import PANEL16_INT16
 from ..config import EngineConfig
 from ..errors import ConfigError, NotEnoughMemory
 from ..last_plan import LastPlan
@@ -15,8 +16,9 @@ from ..models.decoder import LayerCache
 from .memory import cache_budget
 
 SCALE_DTYPE = torch.float32
-CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ASKED_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Those that are not the weights' own."""
+SCALED_DTYPES = (torch.int8, torch.int16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +35,23 @@ class KvPlan:
         return self.num_blocks * self.block_bytes
 
 
-def cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
-    """Of keys and values, beside weights of `dtype`."""
-    return CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
+def cache_dtype(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, layout: str
+) -> torch.dtype:
+    """Of keys and values, beside weights of `dtype` in `layout`.
+
+    int16, which are panels, where weights are such integers: there they are multiplied faster.
+    """
+    multiplies_integers = layout == PANEL16_INT16 and dtype is torch.bfloat16
+    fits = cache_panels.fits(model.head_dim, config.block_size)
+    if config.kv_cache_dtype == "auto" and multiplies_integers and fits:
+        return torch.int16
+    return ASKED_DTYPES.get(config.kv_cache_dtype, dtype)
 
 
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one block in every layer, the scales of int8 included."""
-    scale_bytes = SCALE_DTYPE.itemsize if dtype is torch.int8 else 0
+    """Keys and values of one block in every layer, the scales of integers included."""
+    scale_bytes = SCALE_DTYPE.itemsize if dtype in SCALED_DTYPES else 0
     head_bytes = model.head_dim * dtype.itemsize + scale_bytes
     return 2 * model.num_layers * model.num_kv_heads * head_bytes * block_size
 
@@ -117,12 +128,16 @@ def allocate(
     Blocks of padding lie behind those that the plan gives to sequences.
     """
     cells = (plan.num_blocks + num_padding_blocks, plan.block_size, model.num_kv_heads)
+    if dtype is torch.int16:
+        keys, values, scales = cache_panels.shapes(*cells, model.head_dim)
+    else:
+        keys, values, scales = (*cells, model.head_dim), (*cells, model.head_dim), cells
 
     def layer() -> LayerCache:
-        k, v = (_zeros((*cells, model.head_dim), device, dtype) for _ in range(2))
-        if dtype is not torch.int8:
+        k, v = _zeros(keys, device, dtype), _zeros(values, device, dtype)
+        if dtype not in SCALED_DTYPES:
             return LayerCache(k, v)
-        k_scales, v_scales = (_zeros(cells, device, SCALE_DTYPE) for _ in range(2))
+        k_scales, v_scales = (_zeros(scales, device, SCALE_DTYPE) for _ in range(2))
         return LayerCache(k, v, (k_scales, v_scales))
 
     return [layer() for _ in range(model.num_layers)]

@@ -89,7 +89,7 @@ def _made_ready(
     except ValueError as error:
         asked = f"attention is {config.attention!r}, prompt_attention {config.prompt_attention!r}"
         raise ConfigError(f"{asked}: {error}") from error
-    kv_dtype = cache_dtype(config, dtype)
+    kv_dtype = cache_dtype(config, model, dtype, found.target.layout)
     _check_cache(kv_dtype, device)
 
     def runner_over(plan: KvPlan, report: BootReport) -> Runner:

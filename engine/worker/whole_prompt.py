@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.layout_names import PLAIN
 from ..config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.decoder import AttentionBatch, LayerCache
@@ -17,10 +18,14 @@ CPU = torch.device("cpu")
 
 
 def caches_for(
-    config: ModelConfig, settings: EngineConfig, dtype: torch.dtype, context_len: int
+    config: ModelConfig,
+    settings: EngineConfig,
+    dtype: torch.dtype,
+    context_len: int,
+    layout: str = PLAIN,
 ) -> list[LayerCache]:
-    """Room for one sequence of `context_len` tokens on the processor."""
-    dtype = cache_dtype(settings, dtype)
+    """Room for one sequence of `context_len` tokens on the processor; `layout`: of the weights."""
+    dtype = cache_dtype(settings, config, dtype, layout)
     num_blocks = -(-context_len // BLOCK_SIZE)
     one_block = block_bytes(config, BLOCK_SIZE, dtype)
     return allocate(KvPlan(num_blocks, BLOCK_SIZE, one_block, context_len), config, CPU, dtype)

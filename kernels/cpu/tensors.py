@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import cache_panels
 from ..layout_names import PANEL16, PANEL16_INT16, stored_shape
 from . import native
 
@@ -67,6 +68,39 @@ def cache_fields(
     k_scales, v_scales = scales
     strides = k_scales.stride()[0], v_scales.stride()[0]
     return *pointers, k_scales.data_ptr(), v_scales.data_ptr(), *sizes, *strides
+
+
+def are_panels(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_scales: torch.Tensor,
+    head_dim: int,
+) -> bool:
+    """Keys, values and scales as cache_panels.py has them, all contiguous."""
+    num_blocks, num_panels, num_heads = k.shape[:3]
+    block_size = num_panels * cache_panels.TOKENS
+    if not cache_panels.fits(head_dim, block_size):
+        return False
+    keys, values, scales = cache_panels.shapes(num_blocks, block_size, num_heads, head_dim)
+    return (
+        k.dtype is v.dtype is torch.int16
+        and k_scales.dtype is v_scales.dtype is torch.float32
+        and (k.shape, v.shape, k_scales.shape, v_scales.shape) == (keys, values, scales, scales)
+        and all(t.is_contiguous() for t in (k, v, k_scales, v_scales))
+    )
+
+
+def panel_fields(
+    k: torch.Tensor, v: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor
+) -> tuple[int, ...]:
+    """Of panels, as cache_fields."""
+    num_blocks, num_panels, num_heads, num_words, num_tokens, _ = k.shape
+    block_size, head_dim = num_panels * num_tokens, 2 * num_words
+    pointers = k.data_ptr(), v.data_ptr(), k_scales.data_ptr(), v_scales.data_ptr()
+    num_rows = block_size * num_heads
+    strides = num_rows * head_dim, num_rows * head_dim, num_rows, num_rows
+    return *pointers, num_blocks, block_size, num_heads, head_dim, *strides
 
 
 def is_panels(weight: torch.Tensor, num_outputs: int, num_inputs: int) -> bool:

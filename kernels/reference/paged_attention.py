@@ -88,12 +88,21 @@ class Span:
         return visible & (key > query - self.sliding_window) if self.sliding_window else visible
 
 
-def gathered(cache: torch.Tensor, block_table: torch.Tensor, span: Span) -> torch.Tensor:
-    """What the cache [num_blocks, block_size, ...] holds of the visible keys of one sequence."""
-    block_size = cache.shape[1]
+def gathered(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    span: Span,
+    block_size: int = 0,
+    in_order: Callable[[torch.Tensor], torch.Tensor] = lambda blocks: blocks,
+) -> torch.Tensor:
+    """What the cache holds of the visible keys of one sequence.
+
+    It is [num_blocks, block_size, ...], or `in_order` makes that of blocks of `block_size`.
+    """
+    block_size = block_size or cache.shape[1]
     first_block = span.first_key // block_size
     blocks = block_table[first_block : -(-span.length // block_size)]
-    tokens = cache[blocks.long()].flatten(0, 1)
+    tokens = in_order(cache[blocks.long()]).flatten(0, 1)
     offset = first_block * block_size
     return tokens[span.first_key - offset : span.length - offset]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pilotlight.kernels import check, table
+from pilotlight.kernels import cache_panels, check, table
 from pilotlight.kernels.cpu import native
 from pilotlight.tests.kernels.trials import CPU, Trial, cases_at, cases_of, expected, trials
 
@@ -88,6 +88,7 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
         ("packed_gate_up", "many-rows-of-many-int16"),
         ("paged_attention", "chunked-prefill-with-decodes"),
         ("paged_attention_int8", "chunked-prefill-with-decodes"),
+        ("paged_attention_int16", "chunked-prefill-with-decodes"),
     ),
 )
 def test_results_do_not_depend_on_threads(op: str, case: str) -> None:
@@ -123,8 +124,16 @@ def test_a_packed_rows_result_does_not_depend_on_the_others(
         assert torch.equal(linear(x[some], weight, bias, num_outputs), together[some]), num_rows
 
 
-@pytest.mark.parametrize("dtype", check.TOLERANCES, ids=str)
-@pytest.mark.parametrize("op", ("paged_attention", "paged_attention_int8"))
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    (
+        ("paged_attention", torch.float32),
+        ("paged_attention", torch.bfloat16),
+        ("paged_attention_int8", torch.float32),
+        ("paged_attention_int8", torch.bfloat16),
+        ("paged_attention_int16", torch.bfloat16),
+    ),
+)
 @pytest.mark.parametrize("level", native.levels())
 def test_a_sequences_attention_does_not_depend_on_the_others(
     level: str, op: str, dtype: torch.dtype, best_level: None
@@ -180,19 +189,40 @@ def test_a_later_key_leaves_no_trace(level: str, dtype: torch.dtype, best_level:
     assert torch.equal(attention(*arguments)[:last], before)
 
 
+@pytest.mark.parametrize("level", native.levels())
+def test_nor_does_one_in_panels(level: str, best_level: None) -> None:
+    native.force_level(level)
+    attention = table.Implementation("paged_attention_int16", "cpu").function()
+    arguments = cases_of("paged_attention_int16")["rows-of-several-tiles"].make(CPU, torch.bfloat16)
+    *_, k_scales, v_scales, tables, starts, _, _, _ = arguments
+    assert isinstance(k_scales, torch.Tensor) and isinstance(v_scales, torch.Tensor)
+    assert isinstance(tables, torch.Tensor) and isinstance(starts, torch.Tensor)
+    last = int(starts[1]) - 1
+    before = attention(*arguments)[:last]
+    k_scales[tables[0, last // 16], 0, :, last % 16] = 1e30
+    v_scales[tables[0, last // 16], 0, :, last % 16] = 1e34
+    assert torch.equal(attention(*arguments)[:last], before)
+    # Behind the end of what is cached, too, whatever is left of others.
+    v_scales[tables[0, last // 16], 0, :, last % 16 + 1 :] = torch.nan
+    assert torch.equal(attention(*arguments)[:last], before)
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("op", ("rope_store_kv_int8", "rope_store_kv_int16"))
 @pytest.mark.parametrize("name", ("cpu", "reference"))
-def test_a_head_that_is_not_finite_shows_in_its_scale(name: str, value: float) -> None:
+def test_a_head_that_is_not_finite_shows_in_its_scale(name: str, op: str, value: float) -> None:
     if name == "cpu" and native.library() is None:
         pytest.skip("no native library")
-    function = table.Implementation("rope_store_kv_int8", name).function()
-    q, k, v, *others = cases_of("rope_store_kv_int8")["no-gqa"].make(CPU, torch.float32)
+    function = table.Implementation(op, name).function()
+    q, k, v, *others = cases_of(op)["no-gqa"].make(CPU, torch.bfloat16)
     assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
     k[0, 1, 2] = v[0, 2, 3] = value
     function(q, k, v, *others)
     *_, k_scales, v_scales, slots = others
-    assert k_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, True, False, False]
-    assert v_scales.view(-1, 4)[slots[0]].isnan().tolist() == [False, False, True, False]
+    if op.endswith("int16"):
+        k_scales, v_scales = cache_panels.scales_of(k_scales), cache_panels.scales_of(v_scales)
+    assert k_scales.reshape(-1, 4)[slots[0]].isnan().tolist() == [False, True, False, False]
+    assert v_scales.reshape(-1, 4)[slots[0]].isnan().tolist() == [False, False, True, False]
 
 
 @needs_native

@@ -37,7 +37,7 @@ def run(op: str, folder: str, dtype: torch.dtype) -> int:
         wanted = check.expected(op, case, CPU, dtype)
         actual = check.outcome(implementation.function(), arguments)
         for a, w in zip(actual, wanted, strict=True):
-            exact = check.INT8_TOLERANCE if a.dtype is torch.int8 else (0.0, 0.0)
+            exact = check.INTEGER_TOLERANCE if a.dtype is torch.int8 else (0.0, 0.0)
             relative, absolute = TOLERANCES[dtype] if a.is_floating_point() else exact
             torch.testing.assert_close(
                 a, w.to(a.dtype), rtol=relative, atol=absolute, equal_nan=True, msg=None

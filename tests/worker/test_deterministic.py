@@ -22,8 +22,12 @@ KINDS = (
 )
 
 
-def engine(deterministic: bool, **settings: int) -> EngineCore:
-    sizes = {"max_num_seqs": 8, "max_batched_tokens": 40, "kv_cache_bytes": 64 << 20}
+def engine(deterministic: bool, **settings: int | str) -> EngineCore:
+    sizes: dict[str, int | str] = {
+        "max_num_seqs": 8,
+        "max_batched_tokens": 40,
+        "kv_cache_bytes": 64 << 20,
+    }
     return cpu_engine(
         DEMO_MODEL, dtype="bfloat16", max_model_len=160, num_threads=2,
         deterministic=deterministic, **(sizes | settings),
@@ -75,8 +79,11 @@ def answer(
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_prompt_that_was_an_answer_once(deterministic: bool) -> None:
-    """Its blocks hold keys of decodes: shared, its log probabilities are other ones, of some."""
-    core = engine(deterministic)
+    """Its blocks hold keys of decodes: shared, its log probabilities are other ones, of some.
+
+    Plain ones: over integers decodes of so few tokens are computed as prompts are.
+    """
+    core = engine(deterministic, kv_cache_dtype="plain")
     prompts = [prompt_of(41, seed=seed) for seed in range(9, 15)]
     longer = [prompt + [token_id for token_id, _, _ in answer(core, prompt)] for prompt in prompts]
     among_others = [answer(core, prompt) for prompt in longer]

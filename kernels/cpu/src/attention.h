@@ -19,7 +19,7 @@ class ItemRun {
 
   static i64 num_scratch_words(const Geometry& g) {
     return kTileRows * g.head_dim + g.head_dim * kTileKeys + kTileKeys * g.padded_dim +
-           2 * kBlockRows * kTileKeys + g.partial_size() +
+           2 * kBlockRows * kTileKeys + g.partial_size(kTileRows) +
            (kIsQuantised<C> ? 2 * kTileKeys * g.head_dim : 0);
   }
 
@@ -35,7 +35,8 @@ class ItemRun {
     expanded_ = reinterpret_cast<E*>(memory);
     if (kIsQuantised<C>) memory += 2 * kTileKeys * dim;
     running_ = running_at(item.partial < 0 ? reinterpret_cast<float*>(memory)
-                                           : partials + item.partial);
+                                           : partials + item.partial,
+                          item.num_places());
   }
 
   void run() {
@@ -60,7 +61,7 @@ class ItemRun {
         store_raw(to + word, load_words(q + word * W::kElements, extent), extent);
       });
     }
-    for (i64 r = 0; r < kTileRows; ++r) {
+    for (i64 r = 0; r < item_.num_places(); ++r) {
       running_.maxima[r] = -kInfinity;
       running_.totals[r] = 0;
     }
@@ -234,91 +235,141 @@ template <class T>
 void write_rows(const AttentionArgs& a, const Item& item, const Running& running) {
   const Geometry g(a);
   const Sequence s(a, item.sequence);
-  for (i64 r = 0; r < item.num_rows; ++r) {
-    const i64 row = item.first_row + r;
-    T* out = static_cast<T*>(a.out) + (s.first_query + row / g.group) * a.num_heads * g.head_dim +
-             (item.kv_head * g.group + row % g.group) * g.head_dim;
-    const vf factor = splat(1.0f / running.totals[r]);
-    const float* from = running.rows + r * g.padded_dim;
-    for_lanes(g.head_dim, [&](i64 d, auto extent) {
-      store(out + d, load(from + d, extent) * factor, extent);
-    });
+  const bool has_all = item.kv_head == kAllHeads;
+  for (i64 head = 0; head < (has_all ? a.cache.num_heads : 1); ++head) {
+    const i64 first_head = (has_all ? head : item.kv_head) * g.group;
+    for (i64 r = 0; r < item.num_rows; ++r) {
+      const i64 row = item.first_row + r, place = head * item.num_places() + r;
+      T* out = static_cast<T*>(a.out) + (s.first_query + row / g.group) * a.num_heads * g.head_dim +
+               (first_head + row % g.group) * g.head_dim;
+      const vf factor = splat(1.0f / running.totals[place]);
+      const float* from = running.rows + place * g.padded_dim;
+      for_lanes(g.head_dim, [&](i64 d, auto extent) {
+        store(out + d, load(from + d, extent) * factor, extent);
+      });
+    }
   }
 }
 
+// How items are run and what comes of them, by the type of the cache: those of all heads in a way of
+// their own, if the level has one,
 template <class T, class C>
-using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;
+struct Runs {
+  using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;
+  using Tile = ItemRun<T, C>;
 
-template <class T, class C>
-void write_direct(const AttentionArgs& a, const Item& item, const Running& running) {
-  const i64 head_dim = a.cache.head_dim, first_query = Sequence(a, item.sequence).first_query;
-  T* out = static_cast<T*>(a.out) + first_query * a.num_heads * head_dim;
-  for (i64 head = 0; head < a.num_heads; ++head) {
-    const vf factor = splat(1.0f / running.totals[head]);
-    const i64 at = head * head_dim;
-    Direct<T, C>::write(running.rows + at, factor, head_dim, out + at);
+  static i64 direct_rows(const AttentionArgs& a) { return Direct::can_take(a) ? a.num_heads : 0; }
+
+  static i64 num_rows(const AttentionArgs& a, const Item& item) {
+    return item.kv_head == kAllHeads ? a.num_heads : item.num_places();
   }
-}
+
+  static i64 num_scratch_words(const AttentionArgs& a) {
+    const Geometry g(a);
+    const i64 tile = Tile::num_scratch_words(g), direct = Direct::num_scratch_words(g, a.num_heads);
+    return tile > direct ? tile : direct;
+  }
+
+  static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
+                  float* partials) {
+    if (item.kv_head == kAllHeads) {
+      Direct run(a, item, next, memory, partials);
+      run.run();
+      if (item.partial < 0) write(a, item, run.running());
+    } else {
+      Tile run(a, item, memory, partials);
+      run.run();
+      if (item.partial < 0) write(a, item, run.running());
+    }
+  }
+
+  static void write(const AttentionArgs& a, const Item& item, const Running& running) {
+    if (item.kv_head != kAllHeads) return write_rows<T>(a, item, running);
+    const i64 head_dim = a.cache.head_dim, first_query = Sequence(a, item.sequence).first_query;
+    T* out = static_cast<T*>(a.out) + first_query * a.num_heads * head_dim;
+    for (i64 head = 0; head < a.num_heads; ++head) {
+      const vf factor = splat(1.0f / running.totals[head]);
+      const i64 at = head * head_dim;
+      Direct::write(running.rows + at, factor, head_dim, out + at);
+    }
+  }
+};
+
+// and where the cache is panels, all in one way.
+template <class T>
+struct Runs<T, Int16> {
+  static i64 direct_rows(const AttentionArgs& a) {
+    return a.cache.num_heads * round_up(Geometry(a).group, kLanes);
+  }
+
+  static i64 num_rows(const AttentionArgs& a, const Item& item) {
+    return IntegerRun<T>::num_rows(a, item);
+  }
+
+  static i64 num_scratch_words(const AttentionArgs& a) {
+    const i64 direct = direct_rows(a);
+    return IntegerRun<T>::num_scratch_words(Geometry(a), direct > kTileRows ? direct : kTileRows);
+  }
+
+  static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
+                  float* partials) {
+    IntegerRun<T> run(a, item, next, memory, partials);
+    run.run();
+    if (item.partial < 0) write(a, item, run.running());
+  }
+
+  static void write(const AttentionArgs& a, const Item& item, const Running& running) {
+    write_rows<T>(a, item, running);
+  }
+};
 
 template <class T, class C>
 void merge_parts(const AttentionArgs& a, const Item& item, float* partials) {
   const Geometry g(a);
-  const bool is_direct = item.kv_head == kAllHeads;
-  const i64 size = is_direct ? direct_partial_size(g, a.num_heads) : g.partial_size();
+  const i64 num_rows = Runs<T, C>::num_rows(a, item);
   const auto running_of = [&](i64 part) {
-    float* memory = partials + item.partial + part * size;
-    return is_direct ? direct_running_at(memory, a.num_heads) : running_at(memory);
+    return running_at(partials + item.partial + part * g.partial_size(num_rows), num_rows);
   };
   const Running first = running_of(0);
-  const i64 num_rows = is_direct ? a.num_heads : item.num_rows;
   for (i64 part = 1; part < item.num_parts; ++part) merge(g, num_rows, first, running_of(part));
-  is_direct ? write_direct<T, C>(a, item, first) : write_rows<T>(a, item, first);
-}
-
-template <class T, class C>
-void run_item(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
-              float* partials) {
-  if (item.kv_head == kAllHeads) {
-    Direct<T, C> run(a, item, next, memory, partials);
-    run.run();
-    if (item.partial < 0) write_direct<T, C>(a, item, run.running());
-  } else {
-    ItemRun<T, C> run(a, item, memory, partials);
-    run.run();
-    if (item.partial < 0) write_rows<T>(a, item, run.running());
-  }
+  Runs<T, C>::write(a, item, first);
 }
 
 template <class T, class C>
 bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* partials) {
-  const Geometry g(a);
-  const i64 tile = ItemRun<T, C>::num_scratch_words(g);
-  const i64 direct = Direct<T, C>::num_scratch_words(g, a.num_heads);
+  const i64 num_bytes = 4 * Runs<T, C>::num_scratch_words(a);
   bool has_memory = true;
-  auto body = [&](i64 index) {
-    const i64 last = num_items - 1, after = index + num_threads();
-    const Item& item = items[last - index];  // the longest of a prompt come first
-    const Item* next = after <= last ? &items[last - after] : nullptr;
-    auto* memory = static_cast<std::uint32_t*>(scratch(4 * (tile > direct ? tile : direct)));
-    if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
-    run_item<T, C>(a, item, next, memory, partials);
+  i64 num_left = num_items;  // the last first: the longest of a prompt
+  const auto take = [&]() -> const Item* {
+    const i64 index = __atomic_sub_fetch(&num_left, 1, __ATOMIC_RELAXED);
+    return index >= 0 ? items + index : nullptr;
   };
-  parallel(num_items, 1, body);
+  auto body = [&](i64) {
+    auto* memory = static_cast<std::uint32_t*>(scratch(num_bytes));
+    if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
+    const Item* next = nullptr;
+    while (const Item* item = next ? next : take()) {
+      // Taken early, it can be fetched meanwhile; the last are left to whoever is free.
+      next = __atomic_load_n(&num_left, __ATOMIC_RELAXED) > num_threads() ? take() : nullptr;
+      Runs<T, C>::run(a, *item, next, memory, partials);
+    }
+  };
+  parallel(num_threads(), 1, body);
   return has_memory;
 }
 
 template <class T, class C>
 bool paged_attention(const AttentionArgs& a) {
-  const bool has_direct = Direct<T, C>::can_take(a);
+  const i64 direct_rows = Runs<T, C>::direct_rows(a);
   i64 num_items = 0;
-  const i64 partials_size = for_items(a, has_direct, [&](const Item&) { ++num_items; });
+  const i64 partials_size = for_items(a, direct_rows, [&](const Item&) { ++num_items; });
   Buffer items_memory(num_items * sizeof(Item));
   Buffer partials_memory(partials_size * sizeof(float));
   if (!items_memory || !partials_memory) return false;
   Item* items = items_memory.as<Item>();
   float* partials = partials_memory.as<float>();
   i64 next = 0;
-  for_items(a, has_direct, [&](const Item& item) { items[next++] = item; });
+  for_items(a, direct_rows, [&](const Item& item) { items[next++] = item; });
   if (!run_items<T, C>(a, items, num_items, partials)) return false;
   auto body = [&](i64 index) {
     if (items[index].num_parts > 1) merge_parts<T, C>(a, items[index], partials);

@@ -12,6 +12,8 @@ constexpr i64 kTileKeys = 64;
 constexpr i64 kKeysPerItem = 512;
 constexpr i64 kKeysPerDirectItem = 256;
 constexpr i64 kAllHeads = -1;
+constexpr i64 kTokensPerPanel = 16;  // of caches of 16-bit integers, a panel's
+constexpr float kLargestCached = 8191;  // of those integers
 
 struct Item {
   i64 sequence, kv_head;        // or kAllHeads, of a sequence with one query
@@ -19,6 +21,8 @@ struct Item {
   i64 first_key, end_key;
   i64 partial;                // where its partial result is, -1 when it is the whole result
   i64 num_parts;              // on the first of its parts how many there are, otherwise 0
+
+  i64 num_places() const { return round_up(num_rows, kLanes); }
 };
 
 struct Geometry {
@@ -28,8 +32,8 @@ struct Geometry {
       : group(a.num_heads / a.cache.num_heads), head_dim(a.cache.head_dim),
         padded_dim(round_up(a.cache.head_dim, kLanes)) {}
 
-  // A partial result: kTileRows maxima, sums, and rows of padded_dim.
-  i64 partial_size() const { return kTileRows * (2 + padded_dim); }
+  // A partial result: maxima, sums, and rows of padded_dim.
+  i64 partial_size(i64 num_rows) const { return num_rows * (2 + padded_dim); }
 };
 
 // T: of the queries; C: of the cache. An int8 becomes, exactly, a number that the queries are
@@ -79,11 +83,6 @@ struct Sequence {
   }
 };
 
-// A partial result of a direct item: maxima, sums, and rows of all heads.
-inline i64 direct_partial_size(const Geometry& g, i64 num_heads) {
-  return num_heads * (2 + g.head_dim);
-}
-
 // Calls emit(item) for the items of some rows against their keys, cut at multiples of `step`; each
 // has a partial result of `size` floats if there are several. Returns where the next may lie.
 template <class Emit>
@@ -101,18 +100,19 @@ i64 emit_parts(Item item, Visible keys, i64 step, i64 partial, i64 size, Emit em
   return num_parts > 1 ? partial + num_parts * size : partial;
 }
 
-// Calls emit(item) for every item; returns the floats that all partial results take.
+// Calls emit(item) for every item; returns the floats that all partial results take. `direct_rows`: of
+// an item of all heads; 0 where there are none.
 template <class Emit>
-i64 for_items(const AttentionArgs& a, bool has_direct, Emit emit) {
+i64 for_items(const AttentionArgs& a, i64 direct_rows, Emit emit) {
   const Geometry g(a);
   i64 partial = 0;
   for (i64 r = 0; r < a.num_sequences; ++r) {
     const Sequence s(a, r);
     const i64 num_rows = s.num_queries * g.group;
-    if (has_direct && s.num_queries == 1) {
+    if (direct_rows > 0 && s.num_queries == 1) {
       const Item item = {r, kAllHeads, 0, g.group, 0, 0, 0, 0};
       partial = emit_parts(item, s.keys_of(0, a.sliding_window), kKeysPerDirectItem, partial,
-                           direct_partial_size(g, a.num_heads), emit);
+                           g.partial_size(direct_rows), emit);
       continue;
     }
     for (i64 row = 0; row < num_rows; row += kTileRows) {
@@ -121,8 +121,8 @@ i64 for_items(const AttentionArgs& a, bool has_direct, Emit emit) {
                             s.keys_of((row + rows - 1) / g.group, a.sliding_window).end};
       const i64 step = num_rows <= kTileRows ? kKeysPerItem : round_up(keys.end, kKeysPerItem);
       for (i64 head = 0; head < a.cache.num_heads; ++head) {
-        partial = emit_parts(Item{r, head, row, rows, 0, 0, 0, 0}, keys, step, partial,
-                             g.partial_size(), emit);
+        const Item item = {r, head, row, rows, 0, 0, 0, 0};
+        partial = emit_parts(item, keys, step, partial, g.partial_size(item.num_places()), emit);
       }
     }
   }
@@ -134,12 +134,8 @@ struct Running {
   float *maxima, *totals, *rows;
 };
 
-inline Running running_at(float* memory) {
-  return {memory, memory + kTileRows, memory + 2 * kTileRows};
-}
-
-inline Running direct_running_at(float* memory, i64 num_heads) {
-  return {memory, memory + num_heads, memory + 2 * num_heads};
+inline Running running_at(float* memory, i64 num_rows) {
+  return {memory, memory + num_rows, memory + 2 * num_rows};
 }
 
 // Adds part `other` into `into`; both describe the same rows.

@@ -48,7 +48,7 @@ class DirectRun : public DirectWalk<C> {
   }
 
   static i64 num_scratch_words(const Geometry& g, i64 num_heads) {
-    return kMaxQueries * kTileSlots + num_heads * g.head_dim + direct_partial_size(g, num_heads);
+    return kMaxQueries * kTileSlots + num_heads * g.head_dim + g.partial_size(num_heads);
   }
 
   DirectRun(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
@@ -88,7 +88,7 @@ class DirectRun : public DirectWalk<C> {
                             float* partials) {
     const i64 used = kMaxQueries * kTileSlots + a.num_heads * a.cache.head_dim;
     float* own = reinterpret_cast<float*>(memory + used);
-    return direct_running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
+    return running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
   }
 
   void take_head(i64 head) {

@@ -46,7 +46,7 @@ class PairedRun : public DirectWalk<C> {
   }
 
   static i64 num_scratch_words(const Geometry& g, i64 num_heads) {
-    return kScratchWords + direct_partial_size(g, num_heads);
+    return kScratchWords + g.partial_size(num_heads);
   }
 
   PairedRun(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
@@ -85,7 +85,7 @@ class PairedRun : public DirectWalk<C> {
   static Running running_in(const AttentionArgs& a, const Item& item, std::uint32_t* memory,
                             float* partials) {
     float* own = reinterpret_cast<float*>(memory + kScratchWords);
-    return direct_running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
+    return running_at(item.partial < 0 ? own : partials + item.partial, a.num_heads);
   }
 
   // scores_[query][key] = products of the tile's keys with the queries.

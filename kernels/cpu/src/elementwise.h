@@ -73,21 +73,47 @@ inline void rotate(const From* from, To* to, const float* cos_sin, i64 head_dim)
   });
 }
 
-// Writes from / scale, rounded, and returns the scale: the largest magnitude becomes 127. What is not
-// finite makes the scale NaN, so that it shows.
-template <class From>
-inline float quantise(const From* from, std::int8_t* to, i64 size) {
+// Of integers of a cache.
+template <class To>
+constexpr float kLargestOf = sizeof(To) == 1 ? 127 : kLargestCached;
+
+// Writes from / scale, rounded, and returns the scale: the largest magnitude becomes kLargestOf<To>.
+// What is not finite makes the scale NaN, so that it shows.
+template <class From, class To>
+inline float quantise(const From* from, To* to, i64 size) {
   vf most = {}, zeros = {};
   for_lanes(size, [&](i64 i, auto extent) {
     const vf v = load(from + i, extent);
     most = maximum(most, maximum(v, -v));
     zeros += v * 0.0f;
   });
-  const float highest = maximum(most), factor = highest > 0 ? 127.0f / highest : 0;
+  const float highest = maximum(most), factor = highest > kLeast ? kLargestOf<To> / highest : 0;
   for_lanes(size, [&](i64 i, auto extent) {
     store(to + i, load(from + i, extent) * factor, extent);
   });
-  return highest / 127.0f + sum(zeros);
+  return highest / kLargestOf<To> + sum(zeros);
+}
+
+// A token's keys and values of one head into their panels; `integers`: room for a head.
+template <class T>
+inline void store_in_panels(const RopeStoreArgs& a, i64 slot, i64 head, const float* rotated,
+                            const T* value, std::int16_t* integers) {
+  const PagedCache& cache = a.cache;
+  const i64 block = slot / cache.block_size, token = slot % cache.block_size, dim = cache.head_dim;
+  const i64 place = token % kTokensPerPanel;
+  const i64 first = token / kTokensPerPanel * kTokensPerPanel * cache.num_heads + head * kTokensPerPanel;
+  auto* keys = static_cast<std::int16_t*>(cache.keys) + block * cache.key_block_stride + first * dim;
+  auto* values =
+      static_cast<std::int16_t*>(cache.values) + block * cache.value_block_stride + first * dim;
+  cache.key_scales[block * cache.key_scale_stride + first + place] = quantise(rotated, integers, dim);
+  for (i64 d = 0; d < dim; d += 2) {
+    std::memcpy(keys + d * kTokensPerPanel + 2 * place, integers + d, 2 * sizeof *integers);
+  }
+  cache.value_scales[block * cache.value_scale_stride + first + place] = quantise(value, integers, dim);
+  values += place / 2 * 2 * kPanel + place % 2;
+  for (i64 d = 0; d < dim; d += kPanel, values += kTokensPerPanel * kPanel) {
+    for (i64 i = 0; i < kPanel; ++i) values[2 * i] = integers[d + i];
+  }
 }
 
 // T: of the rows; C: of the cache; `rotated`: room for a head where that is another.
@@ -103,6 +129,12 @@ inline void store_row(const RopeStoreArgs& a, i64 row, const float* cos_sin, flo
   if constexpr (std::is_same<C, T>::value) {
     for (i64 h = 0; h < cache.num_heads; ++h) rotate(k + h * dim, keys + h * dim, cos_sin, dim);
     std::memcpy(values, v, cache.num_heads * dim * sizeof(T));
+  } else if constexpr (std::is_same<C, Int16>::value) {
+    for (i64 h = 0; h < cache.num_heads; ++h) {
+      rotate(k + h * dim, rotated, cos_sin, dim);
+      auto* integers = reinterpret_cast<std::int16_t*>(rotated + dim);
+      store_in_panels(a, slot, h, rotated, v + h * dim, integers);
+    }
   } else {
     float* key_scales = cache.key_scales + block * cache.key_scale_stride + first;
     float* value_scales = cache.value_scales + block * cache.value_scale_stride + first;
@@ -120,7 +152,7 @@ bool rope_store_kv(const RopeStoreArgs& a) {
   bool has_memory = true;
   auto body = [&](i64 row) {
     const float* cos_sin = a.cos_sin + a.positions[row] * dim;
-    auto* rotated = static_cast<float*>(scratch(dim * sizeof(float)));
+    auto* rotated = static_cast<float*>(scratch(2 * dim * sizeof(float)));
     if (!rotated) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     T* q = static_cast<T*>(a.q) + row * a.q_stride;
     for (i64 h = 0; h < a.num_heads; ++h) rotate(q + h * dim, q + h * dim, cos_sin, dim);

@@ -139,8 +139,10 @@ struct Level {
   bool (*sample)(DType, const SampleArgs&);
   bool (*rope_store_kv)(DType, const RopeStoreArgs&);
   bool (*rope_store_kv_int8)(DType, const RopeStoreArgs&);
+  bool (*rope_store_kv_int16)(DType, const RopeStoreArgs&);
   bool (*paged_attention)(DType, const AttentionArgs&);
   bool (*paged_attention_int8)(DType, const AttentionArgs&);
+  bool (*paged_attention_int16)(DType, const AttentionArgs&);
   bool (*linear)(DType, const LinearArgs&);
   bool (*packed_linear)(DType, const PackedLinearArgs&);
   bool (*packed_gate_up)(DType, const PackedLinearArgs&);

@@ -20,7 +20,7 @@ using namespace pilotlight;
 namespace {
 
 // Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 9;
+constexpr int kAbiVersion = 10;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
@@ -209,6 +209,11 @@ PILOTLIGHT_API int pilotlight_rope_store_kv_int8(DType dtype, const RopeStoreArg
   return status(level().rope_store_kv_int8(dtype, *a));
 }
 
+PILOTLIGHT_API int pilotlight_rope_store_kv_int16(DType dtype, const RopeStoreArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().rope_store_kv_int16(dtype, *a));
+}
+
 PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* a) {
   if (!has_good_indices(*a)) return kBadIndex;
   return status(level().paged_attention(dtype, *a));
@@ -217,6 +222,11 @@ PILOTLIGHT_API int pilotlight_paged_attention(DType dtype, const AttentionArgs* 
 PILOTLIGHT_API int pilotlight_paged_attention_int8(DType dtype, const AttentionArgs* a) {
   if (!has_good_indices(*a)) return kBadIndex;
   return status(level().paged_attention_int8(dtype, *a));
+}
+
+PILOTLIGHT_API int pilotlight_paged_attention_int16(DType dtype, const AttentionArgs* a) {
+  if (!has_good_indices(*a)) return kBadIndex;
+  return status(level().paged_attention_int16(dtype, *a));
 }
 
 PILOTLIGHT_API int pilotlight_linear(DType dtype, const LinearArgs* a) {

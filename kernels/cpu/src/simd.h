@@ -133,6 +133,12 @@ inline void store(std::int8_t* to, vf v, Extent extent) {
   store_raw(to, __builtin_convertvector(rounded(v), vb), extent);
 }
 
+// Rounds to nearest even; |v| <= 32767.
+template <class Extent>
+inline void store(std::int16_t* to, vf v, Extent extent) {
+  store_raw(to, __builtin_convertvector((vu)rounded(v), vh), extent);
+}
+
 // The value that a store and a load would give back.
 inline vf rounded_to(vf v, const float*) { return v; }
 inline vf rounded_to(vf v, const bf16*) { return widen(narrow(v)); }

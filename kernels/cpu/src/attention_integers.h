@@ -1,0 +1,334 @@
+// Causal grouped-query attention over a cache of 16-bit integers, in panels.
+// Included by each level_*.cpp after cache_panels.h; see there.
+//
+// Queries and weights are broadcast to panels of keys and values, so that scores of 16 tokens, or 16
+// elements of a result, come without a sum across lanes and without a conversion of what is read. All
+// are bounded so that sums are exact in 32 bits: keys and values are below 2^13, what a query, or a
+// row's weights of a tile, add up to is at most 2^18, all as magnitudes.
+
+constexpr float kLargestRowSum = (1 << 18) - 128;  // rounding adds a half to each of 256 at most
+// How long a row and a panel take, about: one product, and all that is done.
+constexpr i64 kWorkOfProduct = 2, kWorkOfRow = 5;
+
+// Queries of a group, of one key head or of each in turn, against a range of keys.
+template <class T>
+class IntegerRun {
+ public:
+  // Rows of all heads of an item.
+  static i64 num_rows(const AttentionArgs& a, const Item& item) {
+    return item.num_places() * num_heads_of(a, item);
+  }
+
+  static i64 num_scratch_words(const Geometry& g, i64 num_rows) {
+    const i64 of_row = g.head_dim / 2 + 1, of_block_row = kIntegerTileKeys * 3 / 2 + 2;
+    return num_rows * of_row + kBlockRows * of_block_row + g.partial_size(num_rows);
+  }
+
+  IntegerRun(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
+             float* partials)
+      : a_(a), item_(item), next_(next), g_(a), s_(a, item.sequence), row_words_(g_.head_dim / 2),
+        num_heads_(num_heads_of(a, item)) {
+    const i64 rows = num_rows(a, item);
+    queries_ = memory;
+    factors_ = reinterpret_cast<float*>(memory += rows * row_words_);
+    scores_ = reinterpret_cast<float*>(memory += rows);
+    weights_ = memory += kBlockRows * kIntegerTileKeys;
+    weight_scales_ = reinterpret_cast<float*>(memory += kBlockRows * kIntegerTileKeys / 2);
+    rescales_ = weight_scales_ + kBlockRows;
+    memory += 2 * kBlockRows;
+    float* own = reinterpret_cast<float*>(memory);
+    running_ = running_at(item.partial < 0 ? own : partials + item.partial, rows);
+  }
+
+  void run() {
+    start();
+    const i64 tile_keys = panels_at_once(item_) * kTokensPerPanel;
+    const i64 first_tile = item_.first_key / tile_keys * tile_keys;
+    tiles_[0].find(a_, item_, first_tile, panels_at_once(item_));
+    for (key_ = first_tile; key_ < item_.end_key; key_ += tile_keys) {
+      fetch_next(key_ + tile_keys);
+      for (head_ = 0; head_ < num_heads_; ++head_) {
+        take_scales();
+        add_tile();
+      }
+      current_ ^= 1;
+    }
+    // Of scores that the scale of their row has not multiplied.
+    for (i64 r = 0; r < num_rows(a_, item_); ++r) running_.maxima[r] *= factors_[r] / kLog2E;
+  }
+
+  const Running& running() const { return running_; }
+
+ private:
+  static i64 num_heads_of(const AttentionArgs& a, const Item& item) {
+    return item.kv_head == kAllHeads ? a.cache.num_heads : 1;
+  }
+
+  void start() {
+    const i64 first_head = item_.kv_head == kAllHeads ? 0 : item_.kv_head;
+    for (i64 head = 0; head < num_heads_; ++head) {
+      for (i64 r = 0; r < item_.num_rows; ++r) {
+        const i64 row = item_.first_row + r, to = head * item_.num_places() + r;
+        const T* q = static_cast<const T*>(a_.q) + (s_.first_query + row / g_.group) * a_.q_stride +
+                     ((first_head + head) * g_.group + row % g_.group) * g_.head_dim;
+        factors_[to] = take_integers(q, g_.head_dim, queries_ + to * row_words_) * a_.scale * kLog2E;
+      }
+      for (i64 r = item_.num_rows; r < item_.num_places(); ++r) {
+        factors_[head * item_.num_places() + r] = 1;
+      }
+    }
+    const i64 rows = num_rows(a_, item_);
+    for (i64 r = 0; r < rows; ++r) {
+      running_.maxima[r] = -kInfinity;
+      running_.totals[r] = 0;
+    }
+    std::memset(running_.rows, 0, rows * g_.padded_dim * sizeof(float));
+  }
+
+  // Integers that add up to no more than they may; returns what one of them stands for.
+  static float take_integers(const T* from, i64 size, std::uint32_t* to) {
+    vf most = {}, total = {};
+    for (i64 i = 0; i < size; i += kLanes) {
+      const vf magnitude = (vf)((vu)load(from + i, Whole{}) & 0x7fffffffu);
+      most = maximum(most, magnitude);
+      total += magnitude * splat(1.0f / kLargestRowSum);  // they may add up to more than a float
+    }
+    const float by_most = maximum(most) / kLargestInteger, by_sum = sum(total);
+    const float scale = by_most > by_sum ? by_most : by_sum;
+    const float inverse = scale > kLeast ? 1 / scale : 0;
+    for (i64 i = 0; i < size; i += kLanes) {
+      store_integers(to, i, rounded(load(from + i, Whole{}) * splat(inverse)));
+    }
+    return scale > kLeast ? scale : scale == scale ? 1 : scale;
+  }
+
+  i64 panels_at_once(const Item& item) const {
+    const i64 fitting = kIntegerTileBytes / (num_heads_of(a_, item) * 2 * panel_bytes());
+    return fitting < 1 ? 1 : fitting > kTilePanels ? kTilePanels : fitting;
+  }
+
+  i64 panel_bytes() const { return kTokensPerPanel * g_.head_dim * 2; }
+
+  void fetch_next(i64 key) {
+    PanelTile& next = tiles_[current_ ^ 1];
+    next.num_panels = 0;
+    const Item* item = key < item_.end_key ? &item_ : next_;
+    if (!item) return fetcher_.start(next, 0, 0);
+    const i64 most = panels_at_once(*item), keys = most * kTokensPerPanel;
+    next.find(a_, *item, key < item_.end_key ? key : item->first_key / keys * keys, most);
+    const i64 work = num_heads_ * item_.num_rows * tiles_[current_].num_panels * kWorkOfRow;
+    fetcher_.start(next, num_heads_of(a_, *item) * panel_bytes(), work);
+  }
+
+  // Of a token that is not the item's, whatever is stored there, 0.
+  void take_scales() {
+    const PanelTile& tile = tiles_[current_];
+    for (i64 i = 0; i < tile.num_panels; ++i) {
+      const i64 first = key_ + i * kTokensPerPanel, place = head_ * kTokensPerPanel;
+      float *keys = key_scales_ + i * kTokensPerPanel, *values = value_scales_ + i * kTokensPerPanel;
+      std::memcpy(keys, tile.key_scales[i] + place, kTokensPerPanel * sizeof(float));
+      std::memcpy(values, tile.value_scales[i] + place, kTokensPerPanel * sizeof(float));
+      if (first >= item_.first_key && first + kTokensPerPanel <= item_.end_key) continue;
+      for (i64 j = 0; j < kTokensPerPanel; ++j) {
+        const i64 token = first + j;
+        if (token < item_.first_key || token >= item_.end_key) keys[j] = values[j] = 0;
+      }
+    }
+  }
+
+  void add_tile() {
+    const i64 tile_panels = tiles_[current_].num_panels, base = head_ * item_.num_places();
+    for (i64 first = 0; first < item_.num_rows; first += kBlockRows) {
+      const i64 left = item_.num_rows - first, num = left < kBlockRows ? left : kBlockRows;
+      const i64 row = item_.first_row + first;
+      const i64 begin = keys_of(row).begin, end = keys_of(row + num - 1).end;
+      num_panels_ = divide_up(end - key_, kTokensPerPanel);
+      if (num_panels_ > tile_panels) num_panels_ = tile_panels;
+      if (begin >= key_ + tile_panels * kTokensPerPanel || end <= key_) {
+        fetcher_.work_done(num * tile_panels * kWorkOfRow);
+        continue;
+      }
+      for_blocks(num, [&](i64 r, auto rows) { score<rows>(base + first + r, r); });
+      for (i64 r = 0; r < num; r += kLanes) weigh(base, first + r, num - r);
+      for_blocks(num, [&](i64 r, auto rows) { add_values<rows>(base + first + r, r); });
+    }
+  }
+
+  Visible keys_of(i64 row) const { return s_.keys_of(row / g_.group, a_.sliding_window); }
+
+  // body(first row, number of rows as a type): nearly equal numbers.
+  template <class Body>
+  static void for_blocks(i64 num_rows, Body body) {
+    const i64 num_blocks = divide_up(num_rows, kPackedRows);
+    for (i64 block = 0; block < num_blocks; ++block) {
+      const i64 row = block * num_rows / num_blocks, end = (block + 1) * num_rows / num_blocks;
+      some_rows(end - row, row, body);
+    }
+  }
+
+  template <int Rows = kPackedRows, class Body>
+  static void some_rows(i64 num, i64 row, Body body) {
+    if constexpr (Rows > 0) {
+      if (num == Rows) return body(row, std::integral_constant<int, Rows>());
+      some_rows<Rows - 1>(num, row, body);
+    }
+  }
+
+  template <int Rows>
+  __attribute__((noinline)) void score(i64 row, i64 place) {
+    const i64 offset = head_ * panel_bytes() / 4;
+    const WordsArgs a = {queries_ + row * row_words_, row_words_, row_words_ / kWordsAtOnce};
+    float* scores = scores_ + place * kIntegerTileKeys;
+    for (i64 p = 0; p < num_panels_; ++p, scores += kTokensPerPanel) {
+      fetcher_.work_done(kWorkOfProduct * Rows);
+      vi total[Rows][kPanelVectors];
+      multiply_words(total, a, tiles_[current_].keys[p] + offset);
+      for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
+        const vf scale = load(key_scales_ + p * kTokensPerPanel + v * kLanes, Whole{});
+        store(scores + r * kIntegerTileKeys + v * kLanes, sum * scale, Whole{});
+      });
+    }
+  }
+
+  template <int Rows>
+  __attribute__((noinline)) void add_values(i64 row, i64 place) {
+    const i64 row_words = kIntegerTileKeys / 2, num_columns = g_.head_dim / kPanel;
+    const WordsArgs a = {weights_ + place * row_words, row_words, num_panels_};
+    const i64 work = kWorkOfProduct * Rows * num_panels_ / num_columns, stride = g_.padded_dim;
+    const float *scales = weight_scales_ + place, *rescales = rescales_ + place;
+    float* out = running_.rows + row * stride;
+    for (i64 column = 0; column < num_columns; ++column, out += kPanel) {
+      fetcher_.work_done(work);
+      vi total[Rows][kPanelVectors];
+      multiply_words(total, a, tiles_[current_].values, head_ * panel_bytes() + column * kBytesAtOnce);
+      for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
+        float* to = out + r * stride + v * kLanes;
+        store(to, load(to, Whole{}) * splat(rescales[r]) + sum * splat(scales[r]), Whole{});
+      });
+    }
+  }
+
+  // body(row, vector, sum as floats).
+  template <int Rows, class Body>
+  static __attribute__((always_inline)) void for_sums(const vi (&total)[Rows][kPanelVectors], Body body) {
+    unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
+      unrolled<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
+        body(r, v, __builtin_convertvector(total[r][v], vf));
+      });
+    });
+  }
+
+  // Turns the scores of up to kLanes rows into weights.
+  void weigh(i64 base, i64 first, i64 left) {
+    const i64 num = left < kLanes ? left : kLanes, place = first % kBlockRows;
+    fetcher_.work_done(num * num_panels_);
+    vf rows[kLanes], most[kLanes], total[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = i < num ? highest(first + i, place + i) : splat(-kInfinity);
+    }
+    float *so_far = running_.maxima + base + first, *totals = running_.totals + base + first;
+    const vf factor = load(factors_ + base + first, Whole{});
+    const Shift shift(load(so_far, Whole{}), maxima(rows), factor);
+    store(so_far, shift.maxima, Whole{});
+    store(rescales_ + place, shift.rescale, Whole{});
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = most[i] = total[i] = vf{};
+      if (i < num) exponentials(place + i, factor[i], shift.shift[i], rows[i], most[i], total[i]);
+    }
+    store(totals, load(totals, Whole{}) * shift.rescale + sums(rows), Whole{});
+    const vf by_most = maxima(most) * splat(1 / kLargestInteger);
+    const vf scale = maximum(by_most, sums(total) * splat(1 / kLargestRowSum));
+    store(weight_scales_ + place, scale, Whole{});
+    const vf inverse = select(scale > splat(kLeast), splat(1.0f) / scale, vf{});
+    for (int i = 0; i < num; ++i) round_weights(place + i, inverse[i]);
+  }
+
+  vf highest(i64 r, i64 place) {
+    const Visible visible = keys_of(item_.first_row + r);
+    float* scores = scores_ + place * kIntegerTileKeys;
+    mask(scores, visible.begin - key_, visible.end - key_);
+    vf most[kPanelVectors];
+    for (vf& part : most) part = splat(-kInfinity);
+    for_vectors([&](i64 j, int v) __attribute__((always_inline)) {
+      most[v] = maximum(most[v], load(scores + j, Whole{}));
+    });
+    for (int v = 1; v < kPanelVectors; ++v) most[0] = maximum(most[0], most[v]);
+    return most[0];
+  }
+
+  // body(first key, which vector of its panel).
+  template <class Body>
+  void for_vectors(Body body) const {
+    for (i64 panel = 0; panel < num_panels_; ++panel) {
+      unrolled<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
+        body(panel * kTokensPerPanel + v * kLanes, v);
+      });
+    }
+  }
+
+  void mask(float* scores, i64 begin, i64 end) {
+    const i64 num_seen = num_panels_ * kTokensPerPanel;
+    for (i64 j = 0; j < begin && j < num_seen; ++j) scores[j] = -kInfinity;
+    for (i64 j = end > 0 ? end : 0; j < num_seen; ++j) scores[j] = -kInfinity;
+  }
+
+  __attribute__((noinline)) void exponentials(i64 place, float factor, float shift, vf& sum, vf& most,
+                                             vf& total) {
+    float* scores = scores_ + place * kIntegerTileKeys;
+    vf sums[kPanelVectors] = {}, highest[kPanelVectors] = {}, totals[kPanelVectors] = {};
+    const vf factors = splat(factor), shifts = splat(shift);
+    for_vectors([&](i64 j, int v) __attribute__((always_inline)) {
+      const vf weight = exp2_negative<T>(load(scores + j, Whole{}) * factors - shifts);
+      const vf scaled = weight * load(value_scales_ + j, Whole{});
+      sums[v] += weight;
+      highest[v] = maximum(highest[v], scaled);
+      totals[v] += scaled;
+      store(scores + j, scaled, Whole{});
+    });
+    for (int v = 0; v < kPanelVectors; ++v) {
+      sum += sums[v];
+      most = maximum(most, highest[v]);
+      total += totals[v];
+    }
+  }
+
+  void round_weights(i64 place, float inverse) {
+    const float* scores = scores_ + place * kIntegerTileKeys;
+    std::uint32_t* to = weights_ + place * kIntegerTileKeys / 2;
+    const vf factor = splat(inverse);
+    for (i64 panel = 0; panel < num_panels_; ++panel) {
+      vi integers[kPanelVectors];
+      unrolled<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
+        const i64 j = panel * kTokensPerPanel + v * kLanes;
+        integers[v] = rounded(load(scores + j, Whole{}) * factor);
+      });
+      store_panel_integers(to + panel * kWordsAtOnce, integers);
+    }
+  }
+
+  static void store_panel_integers(std::uint32_t* to, const vi (&integers)[kPanelVectors]) {
+#if LANES == 8 && defined(__AVX2__)
+    const __m256i both = _mm256_packs_epi32((__m256i)integers[0], (__m256i)integers[1]);
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(both, 0xd8));
+#else
+    for (int v = 0; v < kPanelVectors; ++v) store_integers(to, v * kLanes, integers[v]);
+#endif
+  }
+
+  const AttentionArgs& a_;
+  const Item& item_;
+  const Item* next_;
+  const Geometry g_;
+  const Sequence s_;
+  const i64 row_words_, num_heads_;
+  std::uint32_t *queries_, *weights_;
+  float *factors_, *scores_, *weight_scales_, *rescales_;
+  Running running_;
+  PanelTile tiles_[2];
+  PanelFetcher fetcher_;
+  int current_ = 0;
+  i64 key_ = 0, head_ = 0;        // a tile's first, and which of the item's heads
+  i64 num_panels_ = kTilePanels;  // of a tile that some rows see
+  alignas(64) float key_scales_[kIntegerTileKeys];
+  alignas(64) float value_scales_[kIntegerTileKeys];
+};
