@@ -7,8 +7,16 @@
 // row's weights of a tile, add up to is at most 2^18, all as magnitudes.
 
 constexpr float kLargestRowSum = (1 << 18) - 128;  // rounding adds a half to each of 256 at most
-// How long a row and a panel take, about: one product, and all that is done.
-constexpr i64 kWorkOfProduct = 2, kWorkOfRow = 5;
+
+// What an integer stands for in each of some rows, by their greatest magnitudes and by what those add
+// up to over kLargestRowSum.
+struct IntegerScales {
+  vf scale, inverse;
+
+  IntegerScales(vf most, vf by_sum) : scale(maximum(most * splat(1 / kLargestInteger), by_sum)) {
+    inverse = select(scale > splat(kLeast), splat(1.0f) / scale, vf{});
+  }
+};
 
 // Queries of a group, of one key head or of each in turn, against a range of keys.
 template <class T>
@@ -65,19 +73,11 @@ class IntegerRun {
   }
 
   void start() {
-    const i64 first_head = item_.kv_head == kAllHeads ? 0 : item_.kv_head;
-    for (i64 head = 0; head < num_heads_; ++head) {
-      for (i64 r = 0; r < item_.num_rows; ++r) {
-        const i64 row = item_.first_row + r, to = head * item_.num_places() + r;
-        const T* q = static_cast<const T*>(a_.q) + (s_.first_query + row / g_.group) * a_.q_stride +
-                     ((first_head + head) * g_.group + row % g_.group) * g_.head_dim;
-        factors_[to] = take_integers(q, g_.head_dim, queries_ + to * row_words_) * a_.scale * kLog2E;
-      }
-      for (i64 r = item_.num_rows; r < item_.num_places(); ++r) {
-        factors_[head * item_.num_places() + r] = 1;
-      }
+    const i64 rows = num_rows(a_, item_), places = item_.num_places();
+    for (i64 place = 0; place < rows; place += kLanes) {
+      const i64 head = place / places, first = place % places, left = item_.num_rows - first;
+      take_queries(head, first, left < kLanes ? left : kLanes, place);
     }
-    const i64 rows = num_rows(a_, item_);
     for (i64 r = 0; r < rows; ++r) {
       running_.maxima[r] = -kInfinity;
       running_.totals[r] = 0;
@@ -85,21 +85,34 @@ class IntegerRun {
     std::memset(running_.rows, 0, rows * g_.padded_dim * sizeof(float));
   }
 
-  // Integers that add up to no more than they may; returns what one of them stands for.
-  static float take_integers(const T* from, i64 size, std::uint32_t* to) {
-    vf most = {}, total = {};
-    for (i64 i = 0; i < size; i += kLanes) {
-      const vf magnitude = (vf)((vu)load(from + i, Whole{}) & 0x7fffffffu);
-      most = maximum(most, magnitude);
-      total += magnitude * splat(1.0f / kLargestRowSum);  // they may add up to more than a float
+  // Of one of the item's heads, up to kLanes rows, as integers with a scale.
+  void take_queries(i64 head, i64 first, i64 num, i64 place) {
+    vf most[kLanes] = {}, total[kLanes] = {};
+    for (i64 r = 0; r < num; ++r) {
+      const T* q = query(head, first + r);
+      for (i64 i = 0; i < g_.head_dim; i += kLanes) {
+        const vf magnitude = (vf)((vu)load(q + i, Whole{}) & 0x7fffffffu);
+        most[r] = maximum(most[r], magnitude);
+        total[r] += magnitude * splat(1 / kLargestRowSum);  // they may add up to more than a float
+      }
     }
-    const float by_most = maximum(most) / kLargestInteger, by_sum = sum(total);
-    const float scale = by_most > by_sum ? by_most : by_sum;
-    const float inverse = scale > kLeast ? 1 / scale : 0;
-    for (i64 i = 0; i < size; i += kLanes) {
-      store_integers(to, i, rounded(load(from + i, Whole{}) * splat(inverse)));
+    const IntegerScales scales(maxima(most), sums(total));
+    // A row of zeros: any number times its scores is 0.
+    const vf scale = select(scales.scale < splat(kLeast), splat(1.0f), scales.scale);
+    store(factors_ + place, scale * splat(a_.scale * kLog2E), Whole{});
+    for (i64 r = 0; r < num; ++r) {
+      const T* q = query(head, first + r);
+      std::uint32_t* to = queries_ + (place + r) * row_words_;
+      for (i64 i = 0; i < g_.head_dim; i += kPanel) {
+        store_rounded(to + i / 2, q + i, splat(scales.inverse[r]));
+      }
     }
-    return scale > kLeast ? scale : scale == scale ? 1 : scale;
+  }
+
+  const T* query(i64 head, i64 r) const {
+    const i64 row = item_.first_row + r, first = item_.kv_head == kAllHeads ? 0 : item_.kv_head;
+    return static_cast<const T*>(a_.q) + (s_.first_query + row / g_.group) * a_.q_stride +
+           ((first + head) * g_.group + row % g_.group) * g_.head_dim;
   }
 
   i64 panels_at_once(const Item& item) const {
@@ -113,27 +126,32 @@ class IntegerRun {
     PanelTile& next = tiles_[current_ ^ 1];
     next.num_panels = 0;
     const Item* item = key < item_.end_key ? &item_ : next_;
-    if (!item) return fetcher_.start(next, 0, 0);
+    if (!item) return fetcher_.start(next, 0, 1);
     const i64 most = panels_at_once(*item), keys = most * kTokensPerPanel;
     next.find(a_, *item, key < item_.end_key ? key : item->first_key / keys * keys, most);
-    const i64 work = num_heads_ * item_.num_rows * tiles_[current_].num_panels * kWorkOfRow;
-    fetcher_.start(next, num_heads_of(a_, *item) * panel_bytes(), work);
+    const i64 num_blocks = divide_up(item_.num_rows, kPackedRows);
+    fetcher_.start(next, num_heads_of(a_, *item) * panel_bytes(), num_blocks);
   }
 
-  // Of a token that is not the item's, whatever is stored there, 0.
   void take_scales() {
     const PanelTile& tile = tiles_[current_];
     for (i64 i = 0; i < tile.num_panels; ++i) {
       const i64 first = key_ + i * kTokensPerPanel, place = head_ * kTokensPerPanel;
-      float *keys = key_scales_ + i * kTokensPerPanel, *values = value_scales_ + i * kTokensPerPanel;
-      std::memcpy(keys, tile.key_scales[i] + place, kTokensPerPanel * sizeof(float));
-      std::memcpy(values, tile.value_scales[i] + place, kTokensPerPanel * sizeof(float));
+      key_scales_[i] = tile.key_scales[i] + place;
+      value_scales_[i] = tile.value_scales[i] + place;
       if (first >= item_.first_key && first + kTokensPerPanel <= item_.end_key) continue;
-      for (i64 j = 0; j < kTokensPerPanel; ++j) {
-        const i64 token = first + j;
-        if (token < item_.first_key || token >= item_.end_key) keys[j] = values[j] = 0;
-      }
+      key_scales_[i] = own_scales(key_scales_[i], first, cut_scales_[0][i]);
+      value_scales_[i] = own_scales(value_scales_[i], first, cut_scales_[1][i]);
     }
+  }
+
+  // Of a token that is not the item's, whatever is stored there, 0.
+  const float* own_scales(const float* scales, i64 first, float* to) const {
+    for (i64 j = 0; j < kTokensPerPanel; ++j) {
+      const i64 token = first + j;
+      to[j] = token >= item_.first_key && token < item_.end_key ? scales[j] : 0;
+    }
+    return to;
   }
 
   void add_tile() {
@@ -141,13 +159,12 @@ class IntegerRun {
     for (i64 first = 0; first < item_.num_rows; first += kBlockRows) {
       const i64 left = item_.num_rows - first, num = left < kBlockRows ? left : kBlockRows;
       const i64 row = item_.first_row + first;
-      const i64 begin = keys_of(row).begin, end = keys_of(row + num - 1).end;
+      const Visible of_first = keys_of(row), of_last = keys_of(row + num - 1);
+      const i64 begin = of_first.begin, end = of_last.end;
       num_panels_ = divide_up(end - key_, kTokensPerPanel);
       if (num_panels_ > tile_panels) num_panels_ = tile_panels;
-      if (begin >= key_ + tile_panels * kTokensPerPanel || end <= key_) {
-        fetcher_.work_done(num * tile_panels * kWorkOfRow);
-        continue;
-      }
+      if (begin >= key_ + tile_panels * kTokensPerPanel || end <= key_) continue;
+      is_cut_ = of_last.begin > key_ || of_first.end < key_ + num_panels_ * kTokensPerPanel;
       for_blocks(num, [&](i64 r, auto rows) { score<rows>(base + first + r, r); });
       for (i64 r = 0; r < num; r += kLanes) weigh(base, first + r, num - r);
       for_blocks(num, [&](i64 r, auto rows) { add_values<rows>(base + first + r, r); });
@@ -180,11 +197,11 @@ class IntegerRun {
     const WordsArgs a = {queries_ + row * row_words_, row_words_, row_words_ / kWordsAtOnce};
     float* scores = scores_ + place * kIntegerTileKeys;
     for (i64 p = 0; p < num_panels_; ++p, scores += kTokensPerPanel) {
-      fetcher_.work_done(kWorkOfProduct * Rows);
+      fetcher_.fetch(a.num);
       vi total[Rows][kPanelVectors];
       multiply_words(total, a, tiles_[current_].keys[p] + offset);
       for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
-        const vf scale = load(key_scales_ + p * kTokensPerPanel + v * kLanes, Whole{});
+        const vf scale = load(key_scales_[p] + v * kLanes, Whole{});
         store(scores + r * kIntegerTileKeys + v * kLanes, sum * scale, Whole{});
       });
     }
@@ -194,11 +211,11 @@ class IntegerRun {
   __attribute__((noinline)) void add_values(i64 row, i64 place) {
     const i64 row_words = kIntegerTileKeys / 2, num_columns = g_.head_dim / kPanel;
     const WordsArgs a = {weights_ + place * row_words, row_words, num_panels_};
-    const i64 work = kWorkOfProduct * Rows * num_panels_ / num_columns, stride = g_.padded_dim;
+    const i64 stride = g_.padded_dim;
     const float *scales = weight_scales_ + place, *rescales = rescales_ + place;
     float* out = running_.rows + row * stride;
     for (i64 column = 0; column < num_columns; ++column, out += kPanel) {
-      fetcher_.work_done(work);
+      fetcher_.fetch(a.num);
       vi total[Rows][kPanelVectors];
       multiply_words(total, a, tiles_[current_].values, head_ * panel_bytes() + column * kBytesAtOnce);
       for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
@@ -221,7 +238,6 @@ class IntegerRun {
   // Turns the scores of up to kLanes rows into weights.
   void weigh(i64 base, i64 first, i64 left) {
     const i64 num = left < kLanes ? left : kLanes, place = first % kBlockRows;
-    fetcher_.work_done(num * num_panels_);
     vf rows[kLanes], most[kLanes], total[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       rows[i] = i < num ? highest(first + i, place + i) : splat(-kInfinity);
@@ -236,17 +252,14 @@ class IntegerRun {
       if (i < num) exponentials(place + i, factor[i], shift.shift[i], rows[i], most[i], total[i]);
     }
     store(totals, load(totals, Whole{}) * shift.rescale + sums(rows), Whole{});
-    const vf by_most = maxima(most) * splat(1 / kLargestInteger);
-    const vf scale = maximum(by_most, sums(total) * splat(1 / kLargestRowSum));
-    store(weight_scales_ + place, scale, Whole{});
-    const vf inverse = select(scale > splat(kLeast), splat(1.0f) / scale, vf{});
-    for (int i = 0; i < num; ++i) round_weights(place + i, inverse[i]);
+    const IntegerScales scales(maxima(most), sums(total) * splat(1 / kLargestRowSum));
+    store(weight_scales_ + place, scales.scale, Whole{});
+    for (int i = 0; i < num; ++i) round_weights(place + i, scales.inverse[i]);
   }
 
   vf highest(i64 r, i64 place) {
-    const Visible visible = keys_of(item_.first_row + r);
     float* scores = scores_ + place * kIntegerTileKeys;
-    mask(scores, visible.begin - key_, visible.end - key_);
+    if (is_cut_) mask(scores, keys_of(item_.first_row + r));
     vf most[kPanelVectors];
     for (vf& part : most) part = splat(-kInfinity);
     for_vectors([&](i64 j, int v) __attribute__((always_inline)) {
@@ -266,9 +279,9 @@ class IntegerRun {
     }
   }
 
-  void mask(float* scores, i64 begin, i64 end) {
-    const i64 num_seen = num_panels_ * kTokensPerPanel;
-    for (i64 j = 0; j < begin && j < num_seen; ++j) scores[j] = -kInfinity;
+  void mask(float* scores, Visible visible) {
+    const i64 num_seen = num_panels_ * kTokensPerPanel, end = visible.end - key_;
+    for (i64 j = 0; j < visible.begin - key_ && j < num_seen; ++j) scores[j] = -kInfinity;
     for (i64 j = end > 0 ? end : 0; j < num_seen; ++j) scores[j] = -kInfinity;
   }
 
@@ -279,7 +292,8 @@ class IntegerRun {
     const vf factors = splat(factor), shifts = splat(shift);
     for_vectors([&](i64 j, int v) __attribute__((always_inline)) {
       const vf weight = exp2_negative<T>(load(scores + j, Whole{}) * factors - shifts);
-      const vf scaled = weight * load(value_scales_ + j, Whole{});
+      const float* scales = value_scales_[j / kTokensPerPanel] + v * kLanes;
+      const vf scaled = weight * load(scales, Whole{});
       sums[v] += weight;
       highest[v] = maximum(highest[v], scaled);
       totals[v] += scaled;
@@ -297,21 +311,22 @@ class IntegerRun {
     std::uint32_t* to = weights_ + place * kIntegerTileKeys / 2;
     const vf factor = splat(inverse);
     for (i64 panel = 0; panel < num_panels_; ++panel) {
-      vi integers[kPanelVectors];
-      unrolled<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
-        const i64 j = panel * kTokensPerPanel + v * kLanes;
-        integers[v] = rounded(load(scores + j, Whole{}) * factor);
-      });
-      store_panel_integers(to + panel * kWordsAtOnce, integers);
+      store_rounded(to + panel * kWordsAtOnce, scores + panel * kTokensPerPanel, factor);
     }
   }
 
-  static void store_panel_integers(std::uint32_t* to, const vi (&integers)[kPanelVectors]) {
+  // kPanel numbers, times a factor.
+  template <class From>
+  static void store_rounded(std::uint32_t* to, const From* from, vf factor) {
 #if LANES == 8 && defined(__AVX2__)
-    const __m256i both = _mm256_packs_epi32((__m256i)integers[0], (__m256i)integers[1]);
+    const vf low = load(from, Whole{}) * factor, high = load(from + kLanes, Whole{}) * factor;
+    const __m256i both =
+        _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)low), _mm256_cvtps_epi32((__m256)high));
     _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(both, 0xd8));
 #else
-    for (int v = 0; v < kPanelVectors; ++v) store_integers(to, v * kLanes, integers[v]);
+    for (int i = 0; i < kPanel; i += kLanes) {
+      store_integers(to, i, rounded(load(from + i, Whole{}) * factor));
+    }
 #endif
   }
 
@@ -329,6 +344,8 @@ class IntegerRun {
   int current_ = 0;
   i64 key_ = 0, head_ = 0;        // a tile's first, and which of the item's heads
   i64 num_panels_ = kTilePanels;  // of a tile that some rows see
-  alignas(64) float key_scales_[kIntegerTileKeys];
-  alignas(64) float value_scales_[kIntegerTileKeys];
+  bool is_cut_ = false;           // whether some of those rows do not see all of that
+  const float* key_scales_[kTilePanels];
+  const float* value_scales_[kTilePanels];
+  float cut_scales_[2][kTilePanels][kTokensPerPanel];  // of keys and of values
 };

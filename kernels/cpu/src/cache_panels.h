@@ -38,50 +38,45 @@ struct PanelTile {
   }
 };
 
-// Fetches a tile line by line, as evenly over the time that another takes as is known.
+// Fetches a tile while another is computed, by and by: memory is never idle, never flooded.
 class PanelFetcher {
  public:
-  // `panel_bytes`: of all heads; `work`: of all that will be done meanwhile.
-  void start(const PanelTile& tile, i64 panel_bytes, i64 work) {
+  // `panel_bytes`: of all heads; `num_blocks`: of rows, each of which meets the other tile.
+  void start(const PanelTile& tile, i64 panel_bytes, i64 num_blocks) {
     tile_ = &tile;
     panel_bytes_ = panel_bytes;
-    num_left_ = 2 * tile.num_panels * panel_bytes / kLine;
-    per_work_ = (num_left_ << 20) / (work > 0 ? work : 1) + 1;
-    owed_ = 0;
     next_ = 0;
     at_ = end_ = nullptr;
+    // Powers of two end where panels do: loops of one length are foreseen.
+    lines_per_piece_ = num_blocks < 8 ? power_of_two_from(divide_up(kWordsAtOnce, num_blocks)) : 1;
     for (i64 i = 0; i < tile.num_panels; ++i) {
       __builtin_prefetch(tile.key_scales[i], 0, 2);
       __builtin_prefetch(tile.value_scales[i], 0, 2);
     }
   }
 
-  void work_done(i64 work) {
-    owed_ += work * per_work_;
-    i64 num = owed_ >> 20;
-    owed_ -= num << 20;
-    if (num > num_left_) num = num_left_;
-    num_left_ -= num;
-    for (; num > 0; num -= fetch_lines(num)) {}
+  // As much as a block of rows reads of so many pieces.
+  void fetch(i64 num_pieces) {
+    i64 num = num_pieces * lines_per_piece_;
+    while (num > 0 && (at_ != end_ || find_panel())) {
+      const i64 left = (end_ - at_) / kLine, some = left < num ? left : num;
+      for (i64 i = 0; i < some; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
+      at_ += some * kLine;
+      num -= some;
+    }
   }
 
  private:
-  // As many as lie together, at most `most`; returns how many.
-  i64 fetch_lines(i64 most) {
-    if (at_ == end_) {
-      const i64 n = tile_->num_panels;
-      at_ = reinterpret_cast<const char*>(next_ < n ? tile_->keys[next_] : tile_->values[next_ - n]);
-      end_ = at_ + panel_bytes_;
-      ++next_;
-    }
-    const i64 left = (end_ - at_) / kLine, num = left < most ? left : most;
-    for (i64 i = 0; i < num; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
-    at_ += num * kLine;
-    return num;
+  bool find_panel() {
+    const i64 n = tile_->num_panels;
+    if (next_ == 2 * n) return false;
+    at_ = reinterpret_cast<const char*>(next_ < n ? tile_->keys[next_] : tile_->values[next_ - n]);
+    end_ = at_ + panel_bytes_;
+    ++next_;
+    return true;
   }
 
   const PanelTile* tile_;
   const char *at_ = nullptr, *end_ = nullptr;
-  i64 panel_bytes_, num_left_, per_work_, owed_, next_;
+  i64 panel_bytes_, lines_per_piece_, next_;
 };
-
