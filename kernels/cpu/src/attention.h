@@ -252,7 +252,7 @@ void write_rows(const AttentionArgs& a, const Item& item, const Running& running
 }
 
 // How items are run and what comes of them, by the type of the cache: those of all heads in a way of
-// their own, if the level has one,
+// their own,
 template <class T, class C>
 struct Runs {
   using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;

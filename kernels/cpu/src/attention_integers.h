@@ -126,11 +126,11 @@ class IntegerRun {
     PanelTile& next = tiles_[current_ ^ 1];
     next.num_panels = 0;
     const Item* item = key < item_.end_key ? &item_ : next_;
-    if (!item) return fetcher_.start(next, 0, 1);
+    if (!item) return fetcher_.start(next, 0, 0, 1);
     const i64 most = panels_at_once(*item), keys = most * kTokensPerPanel;
     next.find(a_, *item, key < item_.end_key ? key : item->first_key / keys * keys, most);
     const i64 num_blocks = divide_up(item_.num_rows, kPackedRows);
-    fetcher_.start(next, num_heads_of(a_, *item) * panel_bytes(), num_blocks);
+    fetcher_.start(next, num_heads_of(a_, *item), panel_bytes(), num_blocks);
   }
 
   void take_scales() {

@@ -41,17 +41,19 @@ struct PanelTile {
 // Fetches a tile while another is computed, by and by: memory is never idle, never flooded.
 class PanelFetcher {
  public:
-  // `panel_bytes`: of all heads; `num_blocks`: of rows, each of which meets the other tile.
-  void start(const PanelTile& tile, i64 panel_bytes, i64 num_blocks) {
+  // `panel_bytes`: of one head; `num_blocks`: of rows, each of which meets the other tile.
+  void start(const PanelTile& tile, i64 num_heads, i64 panel_bytes, i64 num_blocks) {
     tile_ = &tile;
-    panel_bytes_ = panel_bytes;
+    panel_bytes_ = num_heads * panel_bytes;
     next_ = 0;
     at_ = end_ = nullptr;
     // Powers of two end where panels do: loops of one length are foreseen.
     lines_per_piece_ = num_blocks < 8 ? power_of_two_from(divide_up(kWordsAtOnce, num_blocks)) : 1;
     for (i64 i = 0; i < tile.num_panels; ++i) {
-      __builtin_prefetch(tile.key_scales[i], 0, 2);
-      __builtin_prefetch(tile.value_scales[i], 0, 2);
+      for (i64 head = 0; head < num_heads; ++head) {
+        __builtin_prefetch(tile.key_scales[i] + head * kTokensPerPanel, 0, 2);
+        __builtin_prefetch(tile.value_scales[i] + head * kTokensPerPanel, 0, 2);
+      }
     }
   }
 

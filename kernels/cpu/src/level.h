@@ -44,7 +44,8 @@ struct SiluMulArgs {
   i64 num_rows, size, row_stride;
 };
 
-// Keys and values of the rows' dtype; or int8, each head of a token with a scale that multiplies it.
+// Keys and values of the rows' dtype; or int8, each head of a token with a scale that multiplies it; or
+// int16, with such scales, and all in another order: kernels/cache_panels.py.
 struct PagedCache {
   void* keys;            // [num_blocks, block_size, num_heads, head_dim], contiguous inside a block
   void* values;
