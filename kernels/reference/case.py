@@ -36,10 +36,7 @@ class Inputs:
 
     def cache(self, *shape: int) -> torch.Tensor:
         """Normal numbers that lie as an engine's caches do."""
-        values = self.normal(*shape)
-        if self.device.type != "cpu":
-            return values
-        return large_pages.zeros(tuple(shape), self.dtype).copy_(values)
+        return as_cached(self.normal(*shape))
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         values = torch.randint(high, shape, generator=self._generator, dtype=torch.int32)
@@ -50,6 +47,13 @@ class Inputs:
 
     def ints(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+def as_cached(values: torch.Tensor) -> torch.Tensor:
+    """The same, in memory as an engine's caches have it."""
+    if values.device.type != "cpu":
+        return values
+    return large_pages.zeros(tuple(values.shape), values.dtype).copy_(values)
 
 
 Builder = Callable[[Inputs], tuple[object, ...]]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from . import paged_attention as plain
-from .case import Builder, Case, Cost, Inputs, num_bytes
+from .case import Builder, Case, Cost, Inputs, as_cached, num_bytes
 from .rope_store_kv_int8 import quantised
 
 
@@ -74,6 +74,6 @@ def _quantised_caches(build: Builder) -> Builder:
         q, k_cache, v_cache, *others = build(inputs)
         assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)
         (k, k_scales), (v, v_scales) = quantised(k_cache), quantised(v_cache)
-        return q, k, v, k_scales, v_scales, *others
+        return q, *(as_cached(t) for t in (k, v, k_scales, v_scales)), *others
 
     return built

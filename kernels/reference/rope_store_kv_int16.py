@@ -14,7 +14,7 @@ import torch
 from .. import cache_panels
 from . import rope_store_kv as plain
 from . import rope_store_kv_int8 as of_bytes
-from .case import Builder, Case, Cost, Inputs
+from .case import Builder, Case, Cost, Inputs, as_cached
 
 
 def rope_store_kv_int16(
@@ -88,5 +88,9 @@ def panels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Caches [num_blocks, block_size, Hk, D] as keys, values and the scales of both."""
     (k, k_scales), (v, v_scales) = (cache_panels.integers(cache) for cache in (k_cache, v_cache))
-    scales = cache_panels.scale_panels(k_scales), cache_panels.scale_panels(v_scales)
-    return cache_panels.key_panels(k), cache_panels.value_panels(v), *scales
+    return (
+        as_cached(cache_panels.key_panels(k)),
+        as_cached(cache_panels.value_panels(v)),
+        as_cached(cache_panels.scale_panels(k_scales)),
+        as_cached(cache_panels.scale_panels(v_scales)),
+    )
