@@ -38,7 +38,7 @@ struct PanelTile {
   }
 };
 
-// Fetches a tile while another is computed, by and by: memory is never idle, never flooded.
+// Fetches a tile while another is computed, by and by: all at once would be more than memory answers.
 class PanelFetcher {
  public:
   // `panel_bytes`: of one head; `num_blocks`: of rows, each of which meets the other tile.

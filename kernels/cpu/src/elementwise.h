@@ -116,7 +116,7 @@ inline void store_in_panels(const RopeStoreArgs& a, i64 slot, i64 head, const fl
   }
 }
 
-// T: of the rows; C: of the cache; `rotated`: room for a head where that is another.
+// T: of the rows; C: of the cache; `rotated`: room for two heads where that is another.
 template <class T, class C>
 inline void store_row(const RopeStoreArgs& a, i64 row, const float* cos_sin, float* rotated) {
   const PagedCache& cache = a.cache;
