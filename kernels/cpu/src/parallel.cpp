@@ -2,6 +2,11 @@
 
 #include <sys/mman.h>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -52,6 +57,35 @@ bool spun_until_not(Condition goes_on, std::chrono::microseconds time) {
   return true;
 }
 
+// Where threads may run that help one which is running.
+#if defined(__linux__)
+class Processors {
+ public:
+  Processors() { sched_getaffinity(0, sizeof all_, &all_); }
+
+  static int current() { return sched_getcpu(); }
+
+  // On any but this one, if there is another.
+  void keep_off(int processor, const std::vector<pthread_t>& threads) const {
+    if (processor < 0 || processor >= CPU_SETSIZE) return;
+    cpu_set_t others = all_;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    for (pthread_t thread : threads) pthread_setaffinity_np(thread, sizeof others, &others);
+  }
+
+ private:
+  cpu_set_t all_;
+};
+#else
+class Processors {
+ public:
+  static int current() { return -1; }
+  template <class Threads>
+  void keep_off(int, const Threads&) const {}
+};
+#endif
+
 // Threads that join a job while it is open. Whoever the system has not woken in time is not waited
 // for: on a machine that others use as well, a job never lasts longer than its caller alone would
 // take, where an OpenMP team waits for its last member to get a core. The one pool is never destroyed,
@@ -62,6 +96,7 @@ class Pool {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return job.work();
     grow(num_threads - 1);
+    make_room();
     places_ = num_threads - 1;
     open(job);
     job.work();
@@ -97,9 +132,23 @@ class Pool {
   // Where the system gives no more threads, those there are do the work.
   void grow(int num_workers) {
     try {
-      for (; num_workers_ < num_workers; ++num_workers_) std::thread([this] { serve(); }).detach();
+      while (static_cast<int>(workers_.size()) < num_workers) {
+        std::thread worker([this] { serve(); });
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+        caller_processor_ = -1;
+      }
     } catch (const std::system_error&) {
     }
+  }
+
+  // The system may wake workers where the caller runs, even if others are idle. They would wait there
+  // until it has done their share.
+  void make_room() {
+    const int processor = Processors::current();
+    if (processor == caller_processor_) return;
+    processors_.keep_off(processor, workers_);
+    caller_processor_ = processor;
   }
 
   [[noreturn]] void serve() {
@@ -143,7 +192,9 @@ class Pool {
   alignas(64) std::atomic<Gate> gate_{0};
   alignas(64) std::atomic<int> num_left_{0}, num_asleep_{0}, places_{0};
   Job* job_ = nullptr;
-  int num_workers_ = 0;
+  std::vector<std::thread::native_handle_type> workers_;
+  Processors processors_;
+  int caller_processor_ = -1;
 };
 
 struct Free {
