@@ -165,6 +165,8 @@ class Batch:
     sliding_window: int = 0
     num_padded: int = 0
     query_scale: float = 1.0
+    value_mean: float = 0.0
+    """Means of many random values are next to nothing, and so are their errors, but for this."""
     is_strided: bool = False
     is_scattered: bool = True
     """Blocks anywhere; otherwise as an engine gives them out: those of a prompt ascend."""
@@ -174,6 +176,7 @@ class Batch:
         tables = self._tables(inputs, num_blocks)
         cache_shape = (sum(num_blocks) + 2, self.block_size, self.num_kv_heads, self.head_dim)
         k_cache, v_cache = inputs.cache(*cache_shape), inputs.cache(*cache_shape)
+        v_cache += self.value_mean
         starts = [0, *accumulate(queries for queries, _ in self.sequences)]
         q = self._queries(inputs, starts[-1] + self.num_padded)
         contexts = inputs.ints([context for _, context in self.sequences])
@@ -215,12 +218,17 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}-scattered", scattered, is_timed=True)
     yield Case("one-token", Batch([(1, 1)]))
     yield Case("decode-across-blocks", Batch([(1, n) for n in (1, 15, 16, 17, 63, 64, 65, 129)]))
-    yield Case("decode-long", Batch([(1, 1500), (1, 3)], num_heads=2, num_kv_heads=1))
+    yield Case("decode-long", Batch([(1, 1500), (1, 3)], 2, 1, value_mean=10.0))
     for group in (3, 7, 8, 9, 12, 16, 17):
         lengths = [(1, n) for n in (1, 64, 255, 257, 600)]
-        groups = Batch(lengths, num_heads=2 * group, num_kv_heads=2, head_dim=64)
+        groups = Batch(lengths, 2 * group, 2, head_dim=64, value_mean=10.0)
         yield Case(f"decode-groups-of-{group}", groups)
     yield Case("no-gqa", Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
+    # Heads that no power of two divides, over several parts of a sequence.
+    for num_kv_heads in (3, 5, 9):
+        lengths = [(1, 700), (1, 90), (3, 600)]
+        heads = {"num_heads": 2 * num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": 64}
+        yield Case(f"{num_kv_heads}-key-heads", Batch(lengths, value_mean=10.0, **heads))
     yield Case("one-key-head", Batch([(1, 40), (20, 33)], num_heads=5, num_kv_heads=1))
     several_tiles = Batch([(75, 75), (40, 260)], num_heads=7, num_kv_heads=1, head_dim=64)
     yield Case("rows-of-several-tiles", several_tiles)
@@ -230,9 +238,10 @@ def cases() -> Iterator[Case]:
     yield Case("only-padding", Batch([], num_padded=3))
     yield Case("sequence-without-queries", Batch([(1, 20), (0, 0), (0, 30), (4, 9)]))
     for window in (1, 7, 16, 64):
-        windowed = Batch(mixture, sliding_window=window)
+        windowed = Batch(mixture, sliding_window=window, value_mean=10.0)
         yield Case(f"sliding-window-{window}", windowed)
-    yield Case("long-sliding-window", Batch([(1, 900), (130, 700)], sliding_window=300))
+    long_window = Batch([(1, 900), (130, 700)], sliding_window=300, value_mean=10.0)
+    yield Case("long-sliding-window", long_window)
     for head_dim in (4, 16, 24, 80, 96, 128, 256):
         yield Case(f"head-of-{head_dim}", Batch([(1, 70), (9, 40)], head_dim=head_dim))
     for block_size in (1, 5, 32, 128):

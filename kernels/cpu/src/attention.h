@@ -235,9 +235,8 @@ template <class T>
 void write_rows(const AttentionArgs& a, const Item& item, const Running& running) {
   const Geometry g(a);
   const Sequence s(a, item.sequence);
-  const bool has_all = item.kv_head == kAllHeads;
-  for (i64 head = 0; head < (has_all ? a.cache.num_heads : 1); ++head) {
-    const i64 first_head = (has_all ? head : item.kv_head) * g.group;
+  for (i64 head = 0; head < item.num_heads; ++head) {
+    const i64 first_head = (item.kv_head + head) * g.group;
     for (i64 r = 0; r < item.num_rows; ++r) {
       const i64 row = item.first_row + r, place = head * item.num_places() + r;
       T* out = static_cast<T*>(a.out) + (s.first_query + row / g.group) * a.num_heads * g.head_dim +
@@ -251,17 +250,19 @@ void write_rows(const AttentionArgs& a, const Item& item, const Running& running
   }
 }
 
-// How items are run and what comes of them, by the type of the cache: those of all heads in a way of
-// their own,
+// How items are run and what comes of them, by the type of the cache: direct ones, of all heads, in a way
+// of their own,
 template <class T, class C>
 struct Runs {
   using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;
   using Tile = ItemRun<T, C>;
 
-  static i64 direct_rows(const AttentionArgs& a) { return Direct::can_take(a) ? a.num_heads : 0; }
+  static DirectItems direct(const AttentionArgs& a) {
+    return Direct::can_take(a) ? DirectItems{a.cache.num_heads, Geometry(a).group} : DirectItems{};
+  }
 
   static i64 num_rows(const AttentionArgs& a, const Item& item) {
-    return item.kv_head == kAllHeads ? a.num_heads : item.num_places();
+    return item.is_direct ? a.num_heads : item.num_places();
   }
 
   static i64 num_scratch_words(const AttentionArgs& a) {
@@ -272,7 +273,7 @@ struct Runs {
 
   static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
                   float* partials) {
-    if (item.kv_head == kAllHeads) {
+    if (item.is_direct) {
       Direct run(a, item, next, memory, partials);
       run.run();
       if (item.partial < 0) write(a, item, run.running());
@@ -284,7 +285,7 @@ struct Runs {
   }
 
   static void write(const AttentionArgs& a, const Item& item, const Running& running) {
-    if (item.kv_head != kAllHeads) return write_rows<T>(a, item, running);
+    if (!item.is_direct) return write_rows<T>(a, item, running);
     const i64 head_dim = a.cache.head_dim, first_query = Sequence(a, item.sequence).first_query;
     T* out = static_cast<T*>(a.out) + first_query * a.num_heads * head_dim;
     for (i64 head = 0; head < a.num_heads; ++head) {
@@ -298,17 +299,17 @@ struct Runs {
 // and where the cache is panels, all in one way.
 template <class T>
 struct Runs<T, Int16> {
-  static i64 direct_rows(const AttentionArgs& a) {
-    return a.cache.num_heads * round_up(Geometry(a).group, kLanes);
+  static DirectItems direct(const AttentionArgs& a) {
+    return {heads_together(a.cache), round_up(Geometry(a).group, kLanes)};
   }
 
-  static i64 num_rows(const AttentionArgs& a, const Item& item) {
-    return IntegerRun<T>::num_rows(a, item);
+  static i64 num_rows(const AttentionArgs&, const Item& item) {
+    return IntegerRun<T>::num_rows(item);
   }
 
   static i64 num_scratch_words(const AttentionArgs& a) {
-    const i64 direct = direct_rows(a);
-    return IntegerRun<T>::num_scratch_words(Geometry(a), direct > kTileRows ? direct : kTileRows);
+    const i64 num_rows = direct(a).num_heads * direct(a).head_rows;
+    return IntegerRun<T>::num_scratch_words(Geometry(a), num_rows > kTileRows ? num_rows : kTileRows);
   }
 
   static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
@@ -360,16 +361,16 @@ bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* 
 
 template <class T, class C>
 bool paged_attention(const AttentionArgs& a) {
-  const i64 direct_rows = Runs<T, C>::direct_rows(a);
+  const DirectItems direct = Runs<T, C>::direct(a);
   i64 num_items = 0;
-  const i64 partials_size = for_items(a, direct_rows, [&](const Item&) { ++num_items; });
+  const i64 partials_size = for_items(a, direct, [&](const Item&) { ++num_items; });
   Buffer items_memory(num_items * sizeof(Item));
   Buffer partials_memory(partials_size * sizeof(float));
   if (!items_memory || !partials_memory) return false;
   Item* items = items_memory.as<Item>();
   float* partials = partials_memory.as<float>();
   i64 next = 0;
-  for_items(a, direct_rows, [&](const Item& item) { items[next++] = item; });
+  for_items(a, direct, [&](const Item& item) { items[next++] = item; });
   if (!run_items<T, C>(a, items, num_items, partials)) return false;
   auto body = [&](i64 index) {
     if (items[index].num_parts > 1) merge_parts<T, C>(a, items[index], partials);

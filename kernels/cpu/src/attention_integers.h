@@ -6,6 +6,8 @@
 // are bounded so that sums are exact in 32 bits: keys and values are below 2^13, what a query, or a
 // row's weights of a tile, add up to is at most 2^18, all as magnitudes.
 
+// Of rows of scores, floats, and of weights, words: no powers of two, or rows would share a cache's sets.
+constexpr i64 kScoreStride = kIntegerTileKeys + kPanel, kWeightStride = (kIntegerTileKeys + kPanel) / 2;
 constexpr float kLargestRowSum = (1 << 18) - 128;  // rounding adds a half to each of 256 at most
 
 // What an integer stands for in each of some rows, by their greatest magnitudes and by what those add
@@ -23,25 +25,24 @@ template <class T>
 class IntegerRun {
  public:
   // Rows of all heads of an item.
-  static i64 num_rows(const AttentionArgs& a, const Item& item) {
-    return item.num_places() * num_heads_of(a, item);
+  static i64 num_rows(const Item& item) {
+    return item.num_places() * item.num_heads;
   }
 
   static i64 num_scratch_words(const Geometry& g, i64 num_rows) {
-    const i64 of_row = g.head_dim / 2 + 1, of_block_row = kIntegerTileKeys * 3 / 2 + 2;
+    const i64 of_row = g.head_dim / 2 + 1, of_block_row = kScoreStride + kWeightStride + 2;
     return num_rows * of_row + kBlockRows * of_block_row + g.partial_size(num_rows);
   }
 
   IntegerRun(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
              float* partials)
-      : a_(a), item_(item), next_(next), g_(a), s_(a, item.sequence), row_words_(g_.head_dim / 2),
-        num_heads_(num_heads_of(a, item)) {
-    const i64 rows = num_rows(a, item);
+      : a_(a), item_(item), next_(next), g_(a), s_(a, item.sequence), row_words_(g_.head_dim / 2) {
+    const i64 rows = num_rows(item);
     queries_ = memory;
     factors_ = reinterpret_cast<float*>(memory += rows * row_words_);
     scores_ = reinterpret_cast<float*>(memory += rows);
-    weights_ = memory += kBlockRows * kIntegerTileKeys;
-    weight_scales_ = reinterpret_cast<float*>(memory += kBlockRows * kIntegerTileKeys / 2);
+    weights_ = memory += kBlockRows * kScoreStride;
+    weight_scales_ = reinterpret_cast<float*>(memory += kBlockRows * kWeightStride);
     rescales_ = weight_scales_ + kBlockRows;
     memory += 2 * kBlockRows;
     float* own = reinterpret_cast<float*>(memory);
@@ -55,25 +56,22 @@ class IntegerRun {
     tiles_[0].find(a_, item_, first_tile, panels_at_once(item_));
     for (key_ = first_tile; key_ < item_.end_key; key_ += tile_keys) {
       fetch_next(key_ + tile_keys);
-      for (head_ = 0; head_ < num_heads_; ++head_) {
+      for (head_ = 0; head_ < item_.num_heads; ++head_) {
         take_scales();
         add_tile();
       }
+      fetcher_.fetch_rest();
       current_ ^= 1;
     }
     // Of scores that the scale of their row has not multiplied.
-    for (i64 r = 0; r < num_rows(a_, item_); ++r) running_.maxima[r] *= factors_[r] / kLog2E;
+    for (i64 r = 0; r < num_rows(item_); ++r) running_.maxima[r] *= factors_[r] / kLog2E;
   }
 
   const Running& running() const { return running_; }
 
  private:
-  static i64 num_heads_of(const AttentionArgs& a, const Item& item) {
-    return item.kv_head == kAllHeads ? a.cache.num_heads : 1;
-  }
-
   void start() {
-    const i64 rows = num_rows(a_, item_), places = item_.num_places();
+    const i64 rows = num_rows(item_), places = item_.num_places();
     for (i64 place = 0; place < rows; place += kLanes) {
       const i64 head = place / places, first = place % places, left = item_.num_rows - first;
       take_queries(head, first, left < kLanes ? left : kLanes, place);
@@ -110,14 +108,16 @@ class IntegerRun {
   }
 
   const T* query(i64 head, i64 r) const {
-    const i64 row = item_.first_row + r, first = item_.kv_head == kAllHeads ? 0 : item_.kv_head;
+    const i64 row = item_.first_row + r;
     return static_cast<const T*>(a_.q) + (s_.first_query + row / g_.group) * a_.q_stride +
-           ((first + head) * g_.group + row % g_.group) * g_.head_dim;
+           ((item_.kv_head + head) * g_.group + row % g_.group) * g_.head_dim;
   }
 
+  // A power of two, so that items begin where tiles do.
   i64 panels_at_once(const Item& item) const {
-    const i64 fitting = kIntegerTileBytes / (num_heads_of(a_, item) * 2 * panel_bytes());
-    return fitting < 1 ? 1 : fitting > kTilePanels ? kTilePanels : fitting;
+    i64 num = kTilePanels;
+    while (num > 1 && num * item.num_heads * 2 * panel_bytes() > kIntegerTileBytes) num /= 2;
+    return num;
   }
 
   i64 panel_bytes() const { return kTokensPerPanel * g_.head_dim * 2; }
@@ -126,11 +126,11 @@ class IntegerRun {
     PanelTile& next = tiles_[current_ ^ 1];
     next.num_panels = 0;
     const Item* item = key < item_.end_key ? &item_ : next_;
-    if (!item) return fetcher_.start(next, 0, 0, 1);
+    if (!item) return fetcher_.start(next, 0, 0, kFewLines);
     const i64 most = panels_at_once(*item), keys = most * kTokensPerPanel;
     next.find(a_, *item, key < item_.end_key ? key : item->first_key / keys * keys, most);
-    const i64 num_blocks = divide_up(item_.num_rows, kPackedRows);
-    fetcher_.start(next, num_heads_of(a_, *item), panel_bytes(), num_blocks);
+    const i64 num_lines = item_.num_rows <= kPackedRows ? kManyLines : kFewLines;
+    fetcher_.start(next, item->num_heads, panel_bytes(), num_lines);
   }
 
   void take_scales() {
@@ -165,59 +165,67 @@ class IntegerRun {
       if (num_panels_ > tile_panels) num_panels_ = tile_panels;
       if (begin >= key_ + tile_panels * kTokensPerPanel || end <= key_) continue;
       is_cut_ = of_last.begin > key_ || of_first.end < key_ + num_panels_ * kTokensPerPanel;
-      for_blocks(num, [&](i64 r, auto rows) { score<rows>(base + first + r, r); });
+      for_blocks(num, [&](i64 r, auto rows, auto lines) { score<rows, lines>(base + first + r, r); });
       for (i64 r = 0; r < num; r += kLanes) weigh(base, first + r, num - r);
-      for_blocks(num, [&](i64 r, auto rows) { add_values<rows>(base + first + r, r); });
+      for_blocks(num, [&](i64 r, auto rows, auto lines) {
+        add_values<rows, lines>(base + first + r, r);
+      });
     }
   }
 
   Visible keys_of(i64 row) const { return s_.keys_of(row / g_.group, a_.sliding_window); }
 
-  // body(first row, number of rows as a type): nearly equal numbers.
+  // body(first row, number of rows and of lines that each piece fetches as types): nearly equal numbers
+  // of rows.
   template <class Body>
   static void for_blocks(i64 num_rows, Body body) {
     const i64 num_blocks = divide_up(num_rows, kPackedRows);
+    if (num_blocks == 1) return some_rows<kManyLines>(num_rows, 0, body);
     for (i64 block = 0; block < num_blocks; ++block) {
       const i64 row = block * num_rows / num_blocks, end = (block + 1) * num_rows / num_blocks;
-      some_rows(end - row, row, body);
+      some_rows<kFewLines>(end - row, row, body);
     }
   }
 
-  template <int Rows = kPackedRows, class Body>
+  template <int Lines, int Rows = kPackedRows, class Body>
   static void some_rows(i64 num, i64 row, Body body) {
     if constexpr (Rows > 0) {
-      if (num == Rows) return body(row, std::integral_constant<int, Rows>());
-      some_rows<Rows - 1>(num, row, body);
+      if (num != Rows) return some_rows<Lines, Rows - 1>(num, row, body);
+      body(row, std::integral_constant<int, Rows>(), std::integral_constant<int, Lines>());
     }
   }
 
-  template <int Rows>
+  template <int Rows, int Lines>
   __attribute__((noinline)) void score(i64 row, i64 place) {
     const i64 offset = head_ * panel_bytes() / 4;
-    const WordsArgs a = {queries_ + row * row_words_, row_words_, row_words_ / kWordsAtOnce};
-    float* scores = scores_ + place * kIntegerTileKeys;
+    const i64 num_pieces = row_words_ / kWordsAtOnce;
+    WordsArgs a = {queries_ + row * row_words_, row_words_, num_pieces,
+                   fetcher_.take(num_panels_ * num_pieces)};
+    float* scores = scores_ + place * kScoreStride;
     for (i64 p = 0; p < num_panels_; ++p, scores += kTokensPerPanel) {
-      fetcher_.fetch(a.num);
       vi total[Rows][kPanelVectors];
-      multiply_words(total, a, tiles_[current_].keys[p] + offset);
+      multiply_words<Lines>(total, a, tiles_[current_].keys[p] + offset);
+      a.ahead = a.ahead.behind(a.num);
       for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
         const vf scale = load(key_scales_[p] + v * kLanes, Whole{});
-        store(scores + r * kIntegerTileKeys + v * kLanes, sum * scale, Whole{});
+        store(scores + r * kScoreStride + v * kLanes, sum * scale, Whole{});
       });
     }
   }
 
-  template <int Rows>
+  template <int Rows, int Lines>
   __attribute__((noinline)) void add_values(i64 row, i64 place) {
-    const i64 row_words = kIntegerTileKeys / 2, num_columns = g_.head_dim / kPanel;
-    const WordsArgs a = {weights_ + place * row_words, row_words, num_panels_};
+    const i64 num_columns = g_.head_dim / kPanel;
+    WordsArgs a = {weights_ + place * kWeightStride, kWeightStride, num_panels_,
+                   fetcher_.take(num_panels_ * num_columns)};
     const i64 stride = g_.padded_dim;
     const float *scales = weight_scales_ + place, *rescales = rescales_ + place;
     float* out = running_.rows + row * stride;
     for (i64 column = 0; column < num_columns; ++column, out += kPanel) {
-      fetcher_.fetch(a.num);
       vi total[Rows][kPanelVectors];
-      multiply_words(total, a, tiles_[current_].values, head_ * panel_bytes() + column * kBytesAtOnce);
+      multiply_words<Lines>(total, a, tiles_[current_].values,
+                            head_ * panel_bytes() + column * kBytesAtOnce);
+      a.ahead = a.ahead.behind(a.num);
       for_sums(total, [&](int r, int v, vf sum) __attribute__((always_inline)) {
         float* to = out + r * stride + v * kLanes;
         store(to, load(to, Whole{}) * splat(rescales[r]) + sum * splat(scales[r]), Whole{});
@@ -258,7 +266,7 @@ class IntegerRun {
   }
 
   vf highest(i64 r, i64 place) {
-    float* scores = scores_ + place * kIntegerTileKeys;
+    float* scores = scores_ + place * kScoreStride;
     if (is_cut_) mask(scores, keys_of(item_.first_row + r));
     vf most[kPanelVectors];
     for (vf& part : most) part = splat(-kInfinity);
@@ -271,7 +279,8 @@ class IntegerRun {
 
   // body(first key, which vector of its panel).
   template <class Body>
-  void for_vectors(Body body) const {
+  void for_vectors(Body body) {
+    fetcher_.fetch(num_panels_);
     for (i64 panel = 0; panel < num_panels_; ++panel) {
       unrolled<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
         body(panel * kTokensPerPanel + v * kLanes, v);
@@ -287,7 +296,7 @@ class IntegerRun {
 
   __attribute__((noinline)) void exponentials(i64 place, float factor, float shift, vf& sum, vf& most,
                                              vf& total) {
-    float* scores = scores_ + place * kIntegerTileKeys;
+    float* scores = scores_ + place * kScoreStride;
     vf sums[kPanelVectors] = {}, highest[kPanelVectors] = {}, totals[kPanelVectors] = {};
     const vf factors = splat(factor), shifts = splat(shift);
     for_vectors([&](i64 j, int v) __attribute__((always_inline)) {
@@ -307,9 +316,10 @@ class IntegerRun {
   }
 
   void round_weights(i64 place, float inverse) {
-    const float* scores = scores_ + place * kIntegerTileKeys;
-    std::uint32_t* to = weights_ + place * kIntegerTileKeys / 2;
+    const float* scores = scores_ + place * kScoreStride;
+    std::uint32_t* to = weights_ + place * kWeightStride;
     const vf factor = splat(inverse);
+    fetcher_.fetch(num_panels_);
     for (i64 panel = 0; panel < num_panels_; ++panel) {
       store_rounded(to + panel * kWordsAtOnce, scores + panel * kTokensPerPanel, factor);
     }
@@ -335,7 +345,7 @@ class IntegerRun {
   const Item* next_;
   const Geometry g_;
   const Sequence s_;
-  const i64 row_words_, num_heads_;
+  const i64 row_words_;
   std::uint32_t *queries_, *weights_;
   float *factors_, *scores_, *weight_scales_, *rescales_;
   Running running_;

@@ -2,8 +2,8 @@
 // Included by each level_*.cpp after tiles.h; see there. Source: FlashDecoding (split over keys).
 //
 // An item is up to kTileRows query rows that share a key head (a row is a query and a head of its
-// group) against a range of keys, so each key and value is read once for the group; or all heads of a
-// sequence's only query (decode.h). A sequence with few rows is also split over its keys, always at
+// group) against a range of keys, so each key and value is read once for the group; or several heads of
+// a sequence's only query (decode.h). A sequence with few rows is also split over its keys, always at
 // the same places: neither other sequences nor the number of threads changes a result.
 
 constexpr i64 kTileRows = 128;
@@ -11,12 +11,13 @@ constexpr i64 kBlockRows = 16;  // of a tile, taken through at a time; a multipl
 constexpr i64 kTileKeys = 64;
 constexpr i64 kKeysPerItem = 512;
 constexpr i64 kKeysPerDirectItem = 256;
-constexpr i64 kAllHeads = -1;
 constexpr i64 kTokensPerPanel = 16;  // of caches of 16-bit integers, a panel's
 constexpr float kLargestCached = 8191;  // of those integers
 
 struct Item {
-  i64 sequence, kv_head;        // or kAllHeads, of a sequence with one query
+  i64 sequence;
+  i64 kv_head, num_heads;     // the first, and how many
+  bool is_direct;             // a sequence's only query
   i64 first_row, num_rows;    // in the sequence's rows for this key head: query * group + head
   i64 first_key, end_key;
   i64 partial;                // where its partial result is, -1 when it is the whole result
@@ -100,19 +101,36 @@ i64 emit_parts(Item item, Visible keys, i64 step, i64 partial, i64 size, Emit em
   return num_parts > 1 ? partial + num_parts * size : partial;
 }
 
-// Calls emit(item) for every item; returns the floats that all partial results take. `direct_rows`: of
-// an item of all heads; 0 where there are none.
+// Of items of a sequence's only query: how many key heads they have at most, 0 where there are no such
+// items, and how many rows a result has for each.
+struct DirectItems {
+  i64 num_heads, head_rows;
+};
+
 template <class Emit>
-i64 for_items(const AttentionArgs& a, i64 direct_rows, Emit emit) {
+i64 emit_direct(const AttentionArgs& a, i64 sequence, DirectItems direct, i64 partial, Emit emit) {
+  const Geometry g(a);
+  const Visible keys = Sequence(a, sequence).keys_of(0, a.sliding_window);
+  for (i64 head = 0; head < a.cache.num_heads; head += direct.num_heads) {
+    const i64 left = a.cache.num_heads - head;
+    const i64 num_heads = left < direct.num_heads ? left : direct.num_heads;
+    const Item item = {sequence, head, num_heads, true, 0, g.group, 0, 0, 0, 0};
+    const i64 size = g.partial_size(num_heads * direct.head_rows);
+    partial = emit_parts(item, keys, kKeysPerDirectItem, partial, size, emit);
+  }
+  return partial;
+}
+
+// Calls emit(item) for every item; returns the floats that all partial results take.
+template <class Emit>
+i64 for_items(const AttentionArgs& a, DirectItems direct, Emit emit) {
   const Geometry g(a);
   i64 partial = 0;
   for (i64 r = 0; r < a.num_sequences; ++r) {
     const Sequence s(a, r);
     const i64 num_rows = s.num_queries * g.group;
-    if (direct_rows > 0 && s.num_queries == 1) {
-      const Item item = {r, kAllHeads, 0, g.group, 0, 0, 0, 0};
-      partial = emit_parts(item, s.keys_of(0, a.sliding_window), kKeysPerDirectItem, partial,
-                           g.partial_size(direct_rows), emit);
+    if (direct.num_heads > 0 && s.num_queries == 1) {
+      partial = emit_direct(a, r, direct, partial, emit);
       continue;
     }
     for (i64 row = 0; row < num_rows; row += kTileRows) {
@@ -121,7 +139,7 @@ i64 for_items(const AttentionArgs& a, i64 direct_rows, Emit emit) {
                             s.keys_of((row + rows - 1) / g.group, a.sliding_window).end};
       const i64 step = num_rows <= kTileRows ? kKeysPerItem : round_up(keys.end, kKeysPerItem);
       for (i64 head = 0; head < a.cache.num_heads; ++head) {
-        const Item item = {r, head, row, rows, 0, 0, 0, 0};
+        const Item item = {r, head, 1, false, row, rows, 0, 0, 0, 0};
         partial = emit_parts(item, keys, step, partial, g.partial_size(item.num_places()), emit);
       }
     }

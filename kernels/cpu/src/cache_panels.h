@@ -1,9 +1,20 @@
 // Panels of a cache of 16-bit integers: which a tile of keys has, and how the next ones are fetched.
 // Included by each level_*.cpp after attention_items.h; see there. kernels/cache_panels.py defines them.
 
-constexpr i64 kTilePanels = 8;
+constexpr i64 kTilePanels = 16;
 constexpr i64 kIntegerTileKeys = kTilePanels * kTokensPerPanel;
-constexpr i64 kIntegerTileBytes = 64 << 10;  // this tile and the next share a second-level cache
+constexpr i64 kIntegerTileBytes = 128 << 10;  // this tile and the next share a second-level cache
+constexpr i64 kBytesTogether = 16 << 10;      // of a cache, worth reading by themselves
+// While eight words of a panel meet all rows of an item, and where those are several blocks; what is left
+// is fetched while scores become weights.
+constexpr i64 kManyLines = 7, kFewLines = 3;
+static_assert(kKeysPerDirectItem == kIntegerTileKeys, "a softmax at once, of one tile");
+
+// How many key heads an item of a sequence's only query takes.
+inline i64 heads_together(const PagedCache& cache) {
+  const i64 num = kBytesTogether / (kTokensPerPanel * cache.head_dim * 2);
+  return num < 1 ? 1 : num < cache.num_heads ? num : cache.num_heads;
+}
 
 // Keys and values of a tile, of an item's first head; those of its other heads follow.
 struct PanelTile {
@@ -15,40 +26,45 @@ struct PanelTile {
 
   // Of the item's keys from `key` on, as many as there are, at most `most` panels.
   void find(const AttentionArgs& a, const Item& item, i64 key, i64 most) {
-    const PagedCache& cache = a.cache;
-    const i64 first = item.first_key / kTokensPerPanel, end = divide_up(item.end_key, kTokensPerPanel);
-    const i32* table = a.block_tables + item.sequence * a.table_stride;
-    num_panels = end - key / kTokensPerPanel;
-    if (num_panels > most) num_panels = most;
-    const i64 head = item.kv_head == kAllHeads ? 0 : item.kv_head;
+    const i64 first = key / kTokensPerPanel, end = divide_up(item.end_key, kTokensPerPanel);
+    num_panels = end - first < most ? end - first : most;
+    // Before an item's first key there may be no blocks, and nobody sees what stands here instead.
+    const i64 least = item.first_key / kTokensPerPanel, start = first < least ? least : first;
+    const i64 per_block = a.cache.block_size / kTokensPerPanel;
+    const i32* block = a.block_tables + item.sequence * a.table_stride + start / per_block;
+    i64 of_block = start % per_block;
     for (i64 i = 0; i < num_panels; ++i) {
-      i64 token = (key / kTokensPerPanel + i) * kTokensPerPanel;
-      if (token < first * kTokensPerPanel) token = first * kTokensPerPanel;  // nobody sees these
-      const i64 block = table[token / cache.block_size];
-      const i64 place = token % cache.block_size * cache.num_heads + head * kTokensPerPanel;
-      const auto panel = [&](const void* from, i64 stride) {
-        const auto* integers = static_cast<const std::int16_t*>(from) + block * stride;
-        return reinterpret_cast<const std::uint32_t*>(integers + place * cache.head_dim);
-      };
-      keys[i] = panel(cache.keys, cache.key_block_stride);
-      values[i] = panel(cache.values, cache.value_block_stride);
-      key_scales[i] = cache.key_scales + block * cache.key_scale_stride + place;
-      value_scales[i] = cache.value_scales + block * cache.value_scale_stride + place;
+      set(i, a.cache, *block, (of_block * a.cache.num_heads + item.kv_head) * kTokensPerPanel);
+      if (first + i < least || ++of_block < per_block) continue;
+      ++block;
+      of_block = 0;
     }
+  }
+
+ private:
+  // `place`: in a block, of a token and head.
+  void set(i64 i, const PagedCache& cache, i64 block, i64 place) {
+    const auto panel = [&](const void* from, i64 stride) {
+      const auto* integers = static_cast<const std::int16_t*>(from) + block * stride;
+      return reinterpret_cast<const std::uint32_t*>(integers + place * cache.head_dim);
+    };
+    keys[i] = panel(cache.keys, cache.key_block_stride);
+    values[i] = panel(cache.values, cache.value_block_stride);
+    key_scales[i] = cache.key_scales + block * cache.key_scale_stride + place;
+    value_scales[i] = cache.value_scales + block * cache.value_scale_stride + place;
   }
 };
 
-// Fetches a tile while another is computed, by and by: all at once would be more than memory answers.
+// Fetches a tile while another is computed, in the order of memory, a few lines at a time: all at once
+// would be more than memory answers, and while nothing is fetched it would have nothing to do.
 class PanelFetcher {
  public:
-  // `panel_bytes`: of one head; `num_blocks`: of rows, each of which meets the other tile.
-  void start(const PanelTile& tile, i64 num_heads, i64 panel_bytes, i64 num_blocks) {
-    tile_ = &tile;
-    panel_bytes_ = num_heads * panel_bytes;
-    next_ = 0;
-    at_ = end_ = nullptr;
-    // Powers of two end where panels do: loops of one length are foreseen.
-    lines_per_piece_ = num_blocks < 8 ? power_of_two_from(divide_up(kWordsAtOnce, num_blocks)) : 1;
+  // `num_lines`: at a time.
+  void start(const PanelTile& tile, i64 num_heads, i64 panel_bytes, i64 num_lines) {
+    num_lines_ = num_lines;
+    next_ = end_ = places_;
+    add_places(tile.keys, tile.num_panels, num_heads * panel_bytes);
+    add_places(tile.values, tile.num_panels, num_heads * panel_bytes);
     for (i64 i = 0; i < tile.num_panels; ++i) {
       for (i64 head = 0; head < num_heads; ++head) {
         __builtin_prefetch(tile.key_scales[i] + head * kTokensPerPanel, 0, 2);
@@ -57,28 +73,40 @@ class PanelFetcher {
     }
   }
 
-  // As much as a block of rows reads of so many pieces.
-  void fetch(i64 num_pieces) {
-    i64 num = num_pieces * lines_per_piece_;
-    while (num > 0 && (at_ != end_ || find_panel())) {
-      const i64 left = (end_ - at_) / kLine, some = left < num ? left : num;
-      for (i64 i = 0; i < some; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
-      at_ += some * kLine;
-      num -= some;
+  // What is to be fetched `num` times; nothing anew where less is left.
+  Ahead take(i64 num) {
+    if (end_ - next_ < num) {
+      fetch_rest();
+      return {&idle_, 0};
+    }
+    next_ += num;
+    return {next_ - num, sizeof(char*)};
+  }
+
+  // At most so many lines at once.
+  void fetch(i64 num_lines) {
+    for (; num_lines >= num_lines_ && next_ < end_; num_lines -= num_lines_, ++next_) {
+      for (i64 i = 0; i < num_lines_; ++i) __builtin_prefetch(*next_ + i * kLine, 0, 3);
     }
   }
 
+  // Where a tile is larger than the one before.
+  void fetch_rest() { fetch((end_ - next_) * num_lines_); }
+
  private:
-  bool find_panel() {
-    const i64 n = tile_->num_panels;
-    if (next_ == 2 * n) return false;
-    at_ = reinterpret_cast<const char*>(next_ < n ? tile_->keys[next_] : tile_->values[next_ - n]);
-    end_ = at_ + panel_bytes_;
-    ++next_;
-    return true;
+  static constexpr i64 kMostPlaces = 2 * kIntegerTileBytes / (kFewLines * kLine);
+
+  void add_places(const std::uint32_t* const* panels, i64 num_panels, i64 num_bytes) {
+    const i64 step = num_lines_ * kLine, of_panel = divide_up(num_bytes, step);
+    for (i64 i = 0; i < num_panels && end_ + of_panel <= places_ + kMostPlaces; ++i) {
+      const char* at = reinterpret_cast<const char*>(panels[i]);
+      for (i64 j = 0; j < of_panel; ++j) end_[j] = at + j * step;
+      end_ += of_panel;
+    }
   }
 
-  const PanelTile* tile_;
-  const char *at_ = nullptr, *end_ = nullptr;
-  i64 panel_bytes_, lines_per_piece_, next_;
+  const char* places_[kMostPlaces];
+  const char **next_ = places_, **end_ = places_;
+  const char* idle_ = reinterpret_cast<const char*>(places_);  // a place that is read anyway
+  i64 num_lines_ = kFewLines;
 };

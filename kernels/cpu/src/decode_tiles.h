@@ -141,7 +141,7 @@ class DirectWalk {
     tile.num_keys = 0;
     if (key < item_.end_key) {
       tile.find(a_, item_.sequence, key, item_.end_key, tile_size_);
-    } else if (next_ && next_->kv_head == kAllHeads) {
+    } else if (next_ && next_->is_direct) {
       tile.find(a_, next_->sequence, next_->first_key, next_->end_key, tile_size_);
     }
     if constexpr (kIsQuantised<C>) tile.fetch_scales();
