@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from pilotlight.kernels.cpu import native
 
 _PROGRAM = """
