@@ -10,7 +10,7 @@ import pytest
 from pilotlight.kernels.cpu import native
 
 _PROGRAM = """
-import os, sys
+import os
 from pilotlight.kernels.cpu import limits, native
 import torch
 

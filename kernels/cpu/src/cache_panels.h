@@ -8,7 +8,8 @@ constexpr i64 kBytesTogether = 16 << 10;      // of a cache, worth reading by th
 // While eight words of a panel meet all rows of an item, and where those are several blocks; what is left
 // is fetched while scores become weights.
 constexpr i64 kManyLines = 7, kFewLines = 3;
-static_assert(kKeysPerDirectItem == kIntegerTileKeys, "a softmax at once, of one tile");
+static_assert(kKeysPerDirectItem % kIntegerTileKeys == 0 && kKeysPerItem % kIntegerTileKeys == 0,
+              "items begin where tiles do");
 
 // How many key heads an item of a sequence's only query takes.
 inline i64 heads_together(const PagedCache& cache) {

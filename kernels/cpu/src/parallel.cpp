@@ -75,7 +75,7 @@ class Processors {
   }
 
  private:
-  cpu_set_t all_;
+  cpu_set_t all_ = {};  // none where there are more than it has room for
 };
 #else
 class Processors {

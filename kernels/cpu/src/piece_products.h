@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void add_words(vi (&total)[Rows][kPanelVec
                                                      i64 index, const char* from) {
   const char* place = *a.ahead.behind(index).places;
   WordArgs at = {a.x + index * kWordsAtOnce, a.row_size,
-                 reinterpret_cast<const std::uint32_t*>(from), place, Lines * 8};
+                 reinterpret_cast<const std::uint32_t*>(from), place, Lines * kLine / kWordsAtOnce};
   for (i64 word = 0; word < kWordsAtOnce; ++word) add_word(total, at);
 }
 
