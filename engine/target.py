@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.cpu import native
-from ..kernels.layout_names import PANEL16, PANEL16_INT16, PLAIN
+from ..kernels.layout_names import PANEL16, PANEL16_INT12, PLAIN
 from .config import EngineConfig
 from .lean_torch import has_cuda_driver
 
@@ -48,7 +48,7 @@ def _layout(device: str, dtype: str, level: str | None) -> str:
     if not (device == "cpu" and dtype in ("bfloat16", "float32") and _has_native_kernels(level)):
         return PLAIN
     # The one level that multiplies pairs of integers at a higher rate than floats, and no bfloat16.
-    return PANEL16_INT16 if level == "avx2" and dtype == "bfloat16" else PANEL16
+    return PANEL16_INT12 if level == "avx2" and dtype == "bfloat16" else PANEL16
 
 
 def _device(asked: str) -> str:

@@ -14,14 +14,16 @@ from .layout_names import (
     INTEGER_BITS,
     PANEL,
     PANEL16,
-    PANEL16_INT16,
+    PANEL16_INT12,
+    QUAD,
+    QUAD_LINES,
     WORD_BYTES,
     front_bytes_of,
 )
 
 
 def pack(weight: Tensor, layout: str = PANEL16) -> Tensor:
-    """weight: [N, K] -> its panels in `layout`; for panel16-int16 it must be bfloat16."""
+    """weight: [N, K] -> its panels in `layout`; for panel16-int12 it must be bfloat16."""
     if packing.accepts(weight, layout):
         return packing.pack(weight, None, layout)
     return packed_by_torch(weight, layout)
@@ -35,7 +37,7 @@ def pack_paired(first: Tensor, second: Tensor, layout: str = PANEL16) -> Tensor:
 
 
 def packed_by_torch(weight: Tensor, layout: str = PANEL16) -> Tensor:
-    if layout == PANEL16_INT16:
+    if layout == PANEL16_INT12:
         return _packed_as_integers(weight)
     return _panels(weight, WORD_BYTES // weight.element_size())
 
@@ -62,7 +64,7 @@ def _rows(panels: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     return rows[:num_outputs, :num_inputs].contiguous()
 
 
-# ---- panel16-int16 ---------------------------------------------------------------------------
+# ---- panel16-int12 ---------------------------------------------------------------------------
 
 
 def _packed_as_integers(weight: Tensor) -> Tensor:
@@ -75,12 +77,29 @@ def _packed_as_integers(weight: Tensor) -> Tensor:
     integers = torch.where(exponents[..., None] == 255, 0.0, integers).to(torch.int16)
     front = _panels(exponents.to(torch.uint8), 1).flatten(1)
     front = torch.nn.functional.pad(front, (0, front_bytes_of(num_inputs) - front.shape[1]))
-    words = _panels(integers.flatten(1)[:, :num_inputs], 2).flatten(1)
-    return torch.cat((front.view(torch.int16), words), dim=1)
+    words = _panels(integers.flatten(1)[:, : -(-num_inputs // (2 * QUAD)) * 2 * QUAD], 2)
+    return torch.cat((front.view(torch.int16), _in_quads(words.flatten(2)).flatten(1)), dim=1)
+
+
+def _in_quads(lines: Tensor) -> Tensor:
+    """[P, lines, 32] of 12-bit integers -> three quarters of the lines."""
+    quads = lines.unflatten(1, (-1, QUAD))
+    last = torch.stack([quads[:, :, -1] >> shift & 15 for shift in (8, 4, 0)], dim=2)
+    packed: Tensor = quads[:, :, :QUAD_LINES] << 4 | last
+    return packed.flatten(1, 2)
+
+
+def _from_quads(packed: Tensor) -> Tensor:
+    """The lines that were packed."""
+    quads = packed.unflatten(1, (-1, QUAD_LINES))
+    first, second, third = (quads & 15).unbind(2)
+    # 16 times the integer, and back, so that its highest bit is the sign.
+    last = (first << 12 | second << 8 | third << 4) >> 4
+    return torch.cat((quads >> 4, last.unsqueeze(2)), dim=2).flatten(1, 2)
 
 
 def _exponents(largest: Tensor) -> Tensor:
-    """Of the powers of two that make the magnitudes integers below 2^13; 255 for what is none."""
+    """Of the powers of two that make the magnitudes integers below 2^11; 255 for what is none."""
     above = (largest.view(torch.int32) >> 23) + 1
     return torch.where(above == 256, 255, (above - INTEGER_BITS).clamp(min=1))
 
@@ -90,8 +109,8 @@ def _unpacked_integers(packed: Tensor, num_outputs: int, num_inputs: int) -> Ten
     front = packed[:, :front_size].contiguous().view(torch.uint8)
     front = front[:, : -(-num_inputs // BLOCK) * PANEL].unflatten(1, (-1, PANEL, 1))
     exponents = _rows(front, num_outputs, front.shape[1]).int()
-    words = packed[:, front_size:].contiguous().unflatten(1, (-1, PANEL, 2))
-    integers = _rows(words, num_outputs, num_inputs)
+    lines = _from_quads(packed[:, front_size:].unflatten(1, (-1, 2 * PANEL)))
+    integers = _rows(lines.unflatten(2, (PANEL, 2)), num_outputs, num_inputs)
     powers = (exponents << 23).view(torch.float32)
     return (integers * powers.repeat_interleave(BLOCK, 1)[:, :num_inputs]).bfloat16()
 

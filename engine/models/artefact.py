@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels.layout_names import PAIRED, PANEL16_INT16, PLAIN, quantized_shapes, stored_shape
+from ...kernels.layout_names import PAIRED, PANEL16_INT12, PLAIN, quantized_shapes, stored_shape
 from ...weights_cache.arena import TensorSpec
 from ...weights_cache.arena_writer import ArenaWriter
 from ...weights_cache.store import Store
@@ -97,7 +97,7 @@ def _spec(recipe: Recipe, dtype: str) -> TensorSpec:
     if recipe.layout != PLAIN:
         rows, columns = recipe.shape
         shape = stored_shape(recipe.layout, rows, columns, torch_dtype.itemsize)
-    if recipe.layout.removesuffix(PAIRED) == PANEL16_INT16:
+    if recipe.layout.removesuffix(PAIRED) == PANEL16_INT12:
         name = "I16"
     num_bytes = torch.Size(shape).numel() * torch_dtype.itemsize
     return TensorSpec(recipe.name, name, shape, recipe.layout, recipe.section, num_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels import cache_panels, large_pages
-from ...kernels.layout_names import PANEL16_INT16
+from ...kernels.layout_names import PANEL16_INT12
 from ..config import EngineConfig
 from ..errors import ConfigError, NotEnoughMemory
 from ..last_plan import LastPlan
@@ -42,7 +42,7 @@ def cache_dtype(
 
     int16, which are panels, where weights are such integers: there they are multiplied faster.
     """
-    multiplies_integers = layout == PANEL16_INT16 and dtype is torch.bfloat16
+    multiplies_integers = layout == PANEL16_INT12 and dtype is torch.bfloat16
     fits = cache_panels.fits(model.head_dim, config.block_size)
     if config.kv_cache_dtype == "auto" and multiplies_integers and fits:
         return torch.int16

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import cache_panels
-from ..layout_names import PANEL16, PANEL16_INT16, stored_shape
+from ..layout_names import PANEL16, PANEL16_INT12, stored_shape
 from . import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -104,8 +104,8 @@ def panel_fields(
 
 
 def is_panels(weight: torch.Tensor, num_outputs: int, num_inputs: int) -> bool:
-    """[N, K] in the layout panel16, or panel16-int16 by its dtype."""
-    layout = PANEL16_INT16 if weight.dtype is torch.int16 else PANEL16
+    """[N, K] in the layout panel16, or panel16-int12 by its dtype."""
+    layout = PANEL16_INT12 if weight.dtype is torch.int16 else PANEL16
     shape = stored_shape(layout, num_outputs, num_inputs, weight.element_size())
     return weight.shape == shape and weight.is_contiguous()
 

@@ -75,7 +75,7 @@ class Case:
 
 
 def integer_case(name: str, build: Builder, is_timed: bool = False) -> Case:
-    """Of weights in panel16-int16, which multiply rows of bfloat16 alone."""
+    """Of weights in panel16-int12, which multiply rows of bfloat16 alone."""
     return Case(f"{name}-int16", build, is_timed, (torch.bfloat16,))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from ..layout_names import PANEL16, PANEL16_INT16
+from ..layout_names import PANEL16, PANEL16_INT12
 from ..layouts import pack, unpack
 from .case import Builder, Case, Cost, Inputs, integer_case
 
@@ -17,7 +17,7 @@ def packed_embedding(
 ) -> torch.Tensor:
     """Return rows `token_ids` of the table, [T, K], exactly as they are.
 
-    token_ids: [T] int32; weight: [N, K] in the layout panel16 or panel16-int16 (see layouts.py),
+    token_ids: [T] int32; weight: [N, K] in the layout panel16 or panel16-int12 (see layouts.py),
     whose rows are bfloat16; N is `num_outputs`, K `num_inputs`.
     """
     return functional.embedding(token_ids, unpack(weight, num_outputs, num_inputs))
@@ -28,8 +28,8 @@ def cost(token_ids: torch.Tensor, weight: torch.Tensor, num_outputs: int, num_in
 
 
 def cases() -> Iterator[Case]:
-    for layout in (PANEL16, PANEL16_INT16):
-        made = integer_case if layout == PANEL16_INT16 else Case
+    for layout in (PANEL16, PANEL16_INT12):
+        made = integer_case if layout == PANEL16_INT12 else Case
         for num_rows in (1, 32, 512):
             name = f"qwen2-0.5b-{num_rows}-rows"
             yield made(name, _plain(num_rows, 32000, 896, layout), is_timed=True)

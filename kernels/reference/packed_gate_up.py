@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from ..layout_names import PANEL, PANEL16, PANEL16_INT16
+from ..layout_names import PANEL, PANEL16, PANEL16_INT12
 from ..layouts import pack_paired, separated, unpack
 from .case import Builder, Case, Cost, Inputs, integer_case, num_bytes
 
@@ -16,7 +16,7 @@ def packed_gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return `silu(x @ gate.T) * (x @ up.T)`, [T, N], in the dtype of `x`; sums are fp32.
 
     x: [T, K]; weight: gate and up, [N, K] each, N a multiple of 16, in the layout panel16-paired
-    or panel16-int16-paired (see layouts.py, and packed_linear).
+    or panel16-int12-paired (see layouts.py, and packed_linear).
     """
     gate, up = separated(unpack(weight, weight.shape[0] * PANEL, x.shape[1]).to(x.dtype))
     return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
@@ -28,8 +28,8 @@ def cost(x: torch.Tensor, weight: torch.Tensor) -> Cost:
 
 
 def cases() -> Iterator[Case]:
-    for layout in (PANEL16, PANEL16_INT16):
-        made = integer_case if layout == PANEL16_INT16 else Case
+    for layout in (PANEL16, PANEL16_INT12):
+        made = integer_case if layout == PANEL16_INT12 else Case
         for num_rows in (1, 8, 32, 64, 512):
             name = f"qwen2-0.5b-{num_rows}-rows"
             yield made(name, _plain(num_rows, 4864, 896, layout), is_timed=True)

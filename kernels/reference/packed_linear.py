@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from ..layout_names import PANEL16, PANEL16_INT16
+from ..layout_names import PANEL16, PANEL16_INT12
 from ..layouts import pack, unpack
 from .case import Builder, Case, Cost, Inputs, integer_case, num_bytes
 
@@ -18,7 +18,7 @@ def packed_linear(
     """Return `x @ weight.T + bias`, [T, N], in the dtype of `x`; sums are fp32.
 
     x: [T, K]; weight: [N, K] in the layout panel16 (see layouts.py); bias: [N] or None; N is
-    `num_outputs`; all of one dtype. Or x and bias are bfloat16 and the layout panel16-int16; then
+    `num_outputs`; all of one dtype. Or x and bias are bfloat16 and the layout panel16-int12; then
     the native kernels make integers of x too, of 16 bits with a scale for every 128.
     """
     return functional.linear(x, unpack(weight, num_outputs, x.shape[1]).to(x.dtype), bias)
@@ -49,11 +49,11 @@ def cases() -> Iterator[Case]:
     yield from _in_both("uneven", 19, 131, 1000, has_bias=True)
     yield from _in_both("many-rows-of-many", 150, 48, 9001, has_bias=True)
     yield from _in_both("rows-of-very-many", 33, 40, 40001)
-    for layout in (PANEL16, PANEL16_INT16):
+    for layout in (PANEL16, PANEL16_INT12):
         yield _case("outliers", _outliers(layout), layout)
         yield _case("strided-rows", _strided(layout), layout)
-    yield _case("small-beside-large", _mixed, PANEL16_INT16)
-    yield _case("nothing-finite", _not_finite, PANEL16_INT16)
+    yield _case("small-beside-large", _mixed, PANEL16_INT12)
+    yield _case("nothing-finite", _not_finite, PANEL16_INT12)
 
 
 def _in_both(
@@ -64,7 +64,7 @@ def _in_both(
     has_bias: bool = False,
     is_timed: bool = False,
 ) -> Iterator[Case]:
-    for layout in (PANEL16, PANEL16_INT16):
+    for layout in (PANEL16, PANEL16_INT12):
         build = _plain(num_rows, num_outputs, num_inputs, has_bias, layout)
         yield _case(name, build, layout, is_timed)
 
@@ -109,7 +109,7 @@ def _mixed(inputs: Inputs) -> tuple[object, ...]:
     x[2], x[5, 128:256] = 1e-33, 0.0
     weight[:20, 256:384] *= 2.0**-100
     weight[7], weight[30:] = 0.0, weight[30:] * 1e-20
-    return x, pack(weight, PANEL16_INT16), None, 40
+    return x, pack(weight, PANEL16_INT12), None, 40
 
 
 def _not_finite(inputs: Inputs) -> tuple[object, ...]:
@@ -117,4 +117,4 @@ def _not_finite(inputs: Inputs) -> tuple[object, ...]:
     x, weight = inputs.normal(9, 300), inputs.normal(33, 300, scale=0.1)
     x[1, 299], x[4, 0] = torch.nan, torch.nan
     weight[20, 150] = torch.nan
-    return x, pack(weight, PANEL16_INT16), None, 33
+    return x, pack(weight, PANEL16_INT12), None, 33

@@ -19,7 +19,7 @@ from pilotlight.kernels.layout_names import (
     INTEGER_BITS,
     PAIRED,
     PANEL16,
-    PANEL16_INT16,
+    PANEL16_INT12,
     stored_shape,
 )
 from torch import Tensor
@@ -28,7 +28,7 @@ needs_native = pytest.mark.skipif(
     native.library() is None, reason=native.missing_reason() or "the library is there"
 )
 SIZES = ((1, 1), (5, 37), (16, 128), (33, 129), (48, 1001), (131, 256))
-LARGEST_SUM = 1 << 18
+LARGEST_SUM = 1 << 20
 """What the magnitudes of a row's integers add up to in a block: kLargestSum."""
 
 
@@ -55,7 +55,7 @@ def best_level() -> object:
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("layout", (PANEL16, PANEL16_INT16))
+@pytest.mark.parametrize("layout", (PANEL16, PANEL16_INT12))
 def test_the_library_packs_as_torch_does(level: str, layout: str, sizes: tuple[int, int]) -> None:
     native.force_level(level)
     weight = weights(*sizes)
@@ -64,7 +64,7 @@ def test_the_library_packs_as_torch_does(level: str, layout: str, sizes: tuple[i
     assert torch.equal(packed, layouts.packed_by_torch(weight, layout))
 
 
-@pytest.mark.parametrize("layout", (PANEL16, PANEL16_INT16))
+@pytest.mark.parametrize("layout", (PANEL16, PANEL16_INT12))
 def test_pairs_too(level: str, layout: str) -> None:
     native.force_level(level)
     first, second = weights(48, 300), weights(48, 300) * 2
@@ -81,13 +81,13 @@ def test_pairs_too(level: str, layout: str) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_integers_are_exact_but_for_the_smallest_of_a_block(sizes: tuple[int, int]) -> None:
     weight = weights(*sizes)
-    found = layouts.unpack(layouts.pack(weight, PANEL16_INT16), *sizes).float()
+    found = layouts.unpack(layouts.pack(weight, PANEL16_INT12), *sizes).float()
     blocks, exact = (_blocks(w) for w in (found, weight.float()))
     largest = exact.abs().amax(-1, keepdim=True)
     error = (blocks - exact).abs()
     # Nothing is too small for the smallest exponent but what is near fp32's own end.
     assert (error <= largest * 2**-INTEGER_BITS + 2.0**-126).all()
-    assert (error[(exact.abs() >= largest / 32) & (largest > 1e-30)] == 0).all()
+    assert (error[(exact.abs() >= largest / 8) & (largest > 1e-30)] == 0).all()
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def test_what_is_not_finite_is_no_number_and_stays_in_its_block(level: str) -> N
     native.force_level(level)
     weight = weights(20, 300)
     weight[3, 200], weight[7, 0] = torch.inf, torch.nan
-    packed = layouts.pack(weight, PANEL16_INT16)
-    assert torch.equal(packed, layouts.packed_by_torch(weight, PANEL16_INT16))
+    packed = layouts.pack(weight, PANEL16_INT12)
+    assert torch.equal(packed, layouts.packed_by_torch(weight, PANEL16_INT12))
     lost = layouts.unpack(packed, 20, 300).isnan()
     assert lost[3, 128:256].all() and lost[7, :128].all()
     assert lost.sum() == 2 * BLOCK
@@ -131,14 +131,14 @@ def test_the_sum_of_a_block_never_overflows(
     multiply = table.Implementation("packed_linear", "cpu").function()
     for name in native.levels():
         native.force_level(name)
-        found = multiply(x, layouts.pack(weight, PANEL16_INT16), None, 16).double()
+        found = multiply(x, layouts.pack(weight, PANEL16_INT12), None, 16).double()
         assert ((found - wanted).abs() <= slack).all(), name
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "layout"),
     (
-        ("avx2", "bfloat16", PANEL16_INT16),
+        ("avx2", "bfloat16", PANEL16_INT12),
         ("avx2", "float32", PANEL16),
         ("avx512", "bfloat16", PANEL16),
         ("amx", "bfloat16", PANEL16),

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from pilotlight.engine.config import EngineConfig
 from pilotlight.engine.models.config import read_model_config
 from pilotlight.engine.worker.kv_cache import allocate, cache_dtype, plan_kv_cache
-from pilotlight.kernels.layout_names import PANEL16, PANEL16_INT16, PLAIN
+from pilotlight.kernels.layout_names import PANEL16, PANEL16_INT12, PLAIN
 
 DEMO = Path(pilotlight.__file__).parent / "demo" / "model"
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def dtype_for(kv_cache_dtype: str, layout: str = PLAIN, block_size: int = 16) ->
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_dtype", "layout"), (("auto", PLAIN), ("int8", PLAIN), ("auto", PANEL16_INT16))
+    ("kv_cache_dtype", "layout"), (("auto", PLAIN), ("int8", PLAIN), ("auto", PANEL16_INT12))
 )
 def test_what_is_allocated_is_what_was_planned(kv_cache_dtype: str, layout: str) -> None:
     model, dtype = read_model_config(DEMO), dtype_for(kv_cache_dtype, layout)
@@ -40,10 +40,10 @@ def test_what_is_allocated_is_what_was_planned(kv_cache_dtype: str, layout: str)
 
 
 def test_integers_where_weights_are_such_integers_and_heads_and_blocks_fit() -> None:
-    assert dtype_for("auto", PANEL16_INT16) is torch.int16
-    assert dtype_for("auto", PANEL16) is dtype_for("plain", PANEL16_INT16) is torch.bfloat16
-    assert dtype_for("auto", PANEL16_INT16, block_size=8) is torch.bfloat16
-    assert dtype_for("int8", PANEL16_INT16) is torch.int8
+    assert dtype_for("auto", PANEL16_INT12) is torch.int16
+    assert dtype_for("auto", PANEL16) is dtype_for("plain", PANEL16_INT12) is torch.bfloat16
+    assert dtype_for("auto", PANEL16_INT12, block_size=8) is torch.bfloat16
+    assert dtype_for("int8", PANEL16_INT12) is torch.int8
 
 
 def test_int8_holds_more_tokens_in_the_same_memory() -> None:

@@ -1,6 +1,10 @@
 // Integers of 16 bits, two to a word: their products, added exactly in 32 bits.
 // Included by each level_*.cpp after simd.h; see there.
 
+struct Int16 {
+  std::int16_t value;
+};
+
 // Lane by lane, the products of both halves added.
 inline vi multiply_integer_pairs(vu a, vu b) {
 #if LANES == 16 && defined(__AVX512BW__)

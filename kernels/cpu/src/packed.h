@@ -58,13 +58,10 @@ struct PackedShape {
   static constexpr i64 kPrefetchBytes = 2048;
   // Elements of a widened row per word.
   static constexpr i64 kPerRowWord = Words<T>::kPairs ? 1 : kPerWord;
-  static constexpr bool kTakesOnce = false;  // rows cost so much to take that threads share them
   // Slabs are multiples of so many words.
   static constexpr i64 kWordUnit = UsesTiles<T>::value ? 16 : 1;
 
   static i64 num_words(i64 num_inputs) { return divide_up(num_inputs, kPerWord); }
-  static i64 front_words(i64) { return 0; }  // of a panel, before its weights
-  static i64 front_words_before(i64) { return 0; }
   static i64 panel_words(i64 num_words) { return num_words * kPanel; }
   static i64 row_size(i64 slab_words) { return slab_words * kPerRowWord; }
 };
@@ -79,8 +76,6 @@ struct TileArgs {
   const char* ahead;  // what will be read next, fetched in steps of `ahead_step` bytes per word
   i64 ahead_step;
   bool is_stream;  // read once, from memory: that is quickest in order, one panel after the other
-  i64 slab_words;  // that the rows have room for
-  const std::uint32_t* exponents;  // of integers' blocks, in a panel's front
 };
 
 // sums[row][panel * kPanel ...] += rows times panels, or = where nothing is there yet.
@@ -178,7 +173,6 @@ struct PackedPlan {
   i64 num_words, slab_words, num_slabs;
   i64 block_rows, chunk_rows, num_chunks;
   i64 group_panels, piece_panels, num_pieces;  // of one chunk
-  bool shares_rows;                            // all rows are taken before the first product
   bool keeps_slabs;                            // else: all slabs of the rows are in memory at once
 
   // `unit` panels must not be parted.
@@ -194,7 +188,6 @@ struct PackedPlan {
     const i64 most = fitting < block_rows ? block_rows : fitting;
     chunk_rows = round_up(divide_up(a.num_rows, divide_up(a.num_rows, most)), block_rows);
     num_chunks = divide_up(a.num_rows, chunk_rows);
-    shares_rows = Shape::kTakesOnce && !is_few;
     keeps_slabs = num_chunks == 1 && slab_size() * num_slabs * 4 <= kKeptBytes;
     const i64 wanted = num_panels * num_chunks / (kPiecesPerThread * num_threads());
     const i64 few = wanted < 1 ? 1 : wanted > kMaxPiecePanels ? kMaxPiecePanels : wanted;
@@ -206,12 +199,10 @@ struct PackedPlan {
 
   i64 row_size() const { return Shape::row_size(slab_words); }
   i64 slab_size() const { return chunk_rows * row_size(); }
-  i64 shared_bytes() const { return shares_rows ? num_chunks * num_slabs * slab_size() * 4 : 0; }
   i64 rows_bytes() const {
-    const i64 kept = shares_rows ? 0 : keeps_slabs ? num_slabs : 1;
-    return round_up(slab_size() * kept * 4, kLine);
+    return round_up(slab_size() * (keeps_slabs ? num_slabs : 1) * 4, kLine);
   }
-  i64 sums_bytes() const { return chunk_rows * piece_panels * kPanel * 4; }
+  i64 num_bytes() const { return rows_bytes() + chunk_rows * piece_panels * kPanel * 4; }
 };
 
 // Of a slab, as multiply_panels reads it; what is past the row's end is zero.
@@ -236,28 +227,12 @@ void take_slab(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 row, i6
   take_row(from, left < size ? left : size, plan.slab_words, to, T{});
 }
 
-// All rows, chunk after chunk, slab after slab.
-template <class T>
-void take_rows(const PackedLinearArgs& a, const PackedPlan<T>& plan, RowElement<T>* to) {
-  auto body = [&](i64 row) {
-    const i64 chunk = row / plan.chunk_rows, place = row % plan.chunk_rows;
-    for (i64 slab = 0; slab < plan.num_slabs; ++slab) {
-      RowElement<T>* rows = to + (chunk * plan.num_slabs + slab) * plan.slab_size();
-      take_slab(a, plan, row, slab, rows + place * plan.row_size());
-    }
-  };
-  parallel(a.num_rows, grain_for(2 * a.num_inputs), body);
-}
-
 // One thread's share of a product: takes pieces until none is left.
 template <class T>
 class PackedWorker {
  public:
-  // `shared`: null, or what take_rows made.
-  PackedWorker(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 num_panels, const void* shared,
-               char* memory)
-      : a_(a), plan_(plan), num_panels_(num_panels), shared_(static_cast<const RowElement<T>*>(shared)),
-        rows_(reinterpret_cast<RowElement<T>*>(memory)),
+  PackedWorker(const PackedLinearArgs& a, const PackedPlan<T>& plan, i64 num_panels, char* memory)
+      : a_(a), plan_(plan), num_panels_(num_panels), rows_(reinterpret_cast<RowElement<T>*>(memory)),
         sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
 
   // Calls emit(row, panel, sums) for every row and panel of the piece.
@@ -278,12 +253,10 @@ class PackedWorker {
   void multiply_slab(i64 slab, i64 row, i64 num_rows, i64 panel, i64 num_panels) {
     const i64 first_word = slab * plan_.slab_words, left = plan_.num_words - first_word;
     const i64 panel_words = PackedShape<T>::panel_words(plan_.num_words);
-    const auto* front = static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words;
-    const auto* weight = front + PackedShape<T>::front_words(plan_.num_words);
+    const auto* weight = static_cast<const std::uint32_t*>(a_.weight) + panel * panel_words;
     TileArgs<T> t = {taken(slab, row, num_rows), plan_.row_size(), weight + first_word * kPanel,
                      panel_words, left < plan_.slab_words ? left : plan_.slab_words,
-                     nullptr, 0, false, plan_.slab_words,
-                     front + PackedShape<T>::front_words_before(first_word)};
+                     nullptr, 0, false};
     const i64 num_blocks = divide_up(num_rows, plan_.block_rows);
     t.is_stream = num_blocks == 1 && num_rows <= kStreamRows;
     // One block of rows passes once over all panels; more of them meet some panels after another,
@@ -298,7 +271,6 @@ class PackedWorker {
         TileArgs<T> tile = t;
         tile.x += first * t.row_size;
         tile.weight += p * panel_words;
-        tile.exponents += p * panel_words;
         tile.ahead = next + b * t.num_words * kLine / num_blocks;
         tile.ahead_step = divide_up(kLine, num_blocks);
         multiply_rows(first_row(b + 1, num_blocks, num_rows) - first, tile, panels,
@@ -316,7 +288,6 @@ class PackedWorker {
 
   // The rows' part of a slab, made unless it is there.
   const RowElement<T>* taken(i64 slab, i64 row, i64 num_rows) {
-    if (shared_) return shared_ + (row / plan_.chunk_rows * plan_.num_slabs + slab) * plan_.slab_size();
     RowElement<T>* to = rows_ + (plan_.keeps_slabs ? slab * plan_.slab_size() : 0);
     if (plan_.keeps_slabs && slab < num_taken_) return to;
     for (i64 r = 0; r < num_rows; ++r) take_slab(a_, plan_, row + r, slab, to + r * plan_.row_size());
@@ -327,7 +298,6 @@ class PackedWorker {
   const PackedLinearArgs& a_;
   const PackedPlan<T>& plan_;
   const i64 num_panels_;
-  const RowElement<T>* shared_;
   RowElement<T>* rows_;
   float* sums_;
   i64 num_taken_ = 0;

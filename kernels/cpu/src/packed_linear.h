@@ -8,6 +8,12 @@ struct Product {
   using Worker = PackedWorker<T>;
 };
 
+template <>
+struct Product<Int12> {
+  using Plan = IntegerPlan;
+  using Worker = IntegerWorker;
+};
+
 #if HAS_BF16_DOT && !HAS_AMX
 template <>
 struct Product<bf16> {
@@ -16,31 +22,53 @@ struct Product<bf16> {
 };
 #endif
 
+// Pieces for threads to take, some that follow each other at a time: memory is read best in order. The
+// last ones, which threads wait for, are taken one by one.
+class Pieces {
+ public:
+  explicit Pieces(i64 num) : num_(num) {}
+
+  // body(index) for each that this thread gets.
+  template <class Body>
+  void take(Body body) {
+    for (i64 first = 0, end; (end = taken(first)) > first;) {
+      for (i64 index = first; index < end; ++index) body(index);
+    }
+  }
+
+ private:
+  // The end of some, from `first` on; `first` where none are left.
+  i64 taken(i64& first) {
+    first = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+    for (i64 end;;) {
+      const i64 share = (num_ - first) / (2 * num_threads());
+      end = first + (share > 1 ? share : first < num_);
+      if (__atomic_compare_exchange_n(&next_, &first, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        return end;
+      }
+    }
+  }
+
+  const i64 num_;
+  i64 next_ = 0;
+};
+
 template <class T, class Emit>
 bool packed_product(const PackedLinearArgs& a, i64 num_panels, i64 unit, Emit emit) {
   if (a.num_rows == 0) return true;
-  const typename Product<T>::Plan plan(a, num_panels, unit);
-  void* shared = nullptr;
-  if constexpr (PackedShape<T>::kTakesOnce) {
-    if (plan.shares_rows) {
-      if (!(shared = shared_scratch(plan.shared_bytes()))) return false;
-      take_rows(a, plan, static_cast<RowElement<T>*>(shared));
-    }
+  typename Product<T>::Plan plan(a, num_panels, unit);
+  if constexpr (std::is_same<T, Int12>::value) {
+    if (!plan.take_rows(a)) return false;
   }
-  const i64 num_pieces = plan.num_chunks * plan.num_pieces;
-  i64 next = 0;
+  Pieces pieces(plan.num_chunks * plan.num_pieces);
   bool has_memory = true;
   auto body = [&](i64) {
-    auto* memory = static_cast<char*>(scratch(plan.rows_bytes() + plan.sums_bytes()));
+    auto* memory = static_cast<char*>(scratch(plan.num_bytes()));
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
     const std::conditional_t<UsesTiles<T>::value, TileSession, char> session = {};
     (void)session;
-    typename Product<T>::Worker worker(a, plan, num_panels, shared, memory);
-    for (;;) {
-      const i64 index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (index >= num_pieces) return;
-      worker.run(index, emit);
-    }
+    typename Product<T>::Worker worker(a, plan, num_panels, memory);
+    pieces.take([&](i64 index) { worker.run(index, emit); });
   };
   parallel(num_threads(), 1, body);
   return has_memory;

@@ -34,7 +34,7 @@ struct PairPlan {
 
   i64 block_words() const { return round_up(num_words * places + kPanel, kPanel); }
   i64 rows_bytes() const { return num_blocks * block_words() * 4; }
-  i64 sums_bytes() const { return chunk_rows * kPairPanels * kPanel * 4; }
+  i64 num_bytes() const { return rows_bytes() + chunk_rows * kPairPanels * kPanel * 4; }
 };
 
 // sums[row][0 ... 15] = rows times a panel; x: [word][place].
@@ -75,8 +75,7 @@ void multiply_pairs_rows(i64 rows, i64 places, const std::uint32_t* x, const std
 // One thread's share of a product.
 class PairWorker {
  public:
-  PairWorker(const PackedLinearArgs& a, const PairPlan& plan, i64 num_panels, const void* /*shared*/,
-             char* memory)
+  PairWorker(const PackedLinearArgs& a, const PairPlan& plan, i64 num_panels, char* memory)
       : a_(a), plan_(plan), num_panels_(num_panels),
         rows_(reinterpret_cast<std::uint32_t*>(memory)),
         sums_(reinterpret_cast<float*>(memory + plan.rows_bytes())) {}
