@@ -44,6 +44,8 @@ def cases() -> Iterator[Case]:
                 yield from _in_both(case, *sizes, has_bias=name == "qkv", is_timed=True)
     for num_rows in (1, 2, 3, 5, 6, 7, 9, 13, 17, 31, 33):
         yield from _in_both(f"{num_rows}-rows-of-37-to-5", num_rows, 5, 37, has_bias=True)
+    for num_rows in range(1, 8):
+        yield from _in_both(f"{num_rows}-rows-of-several-blocks", num_rows, 40, 1301, has_bias=True)
     yield from _in_both("one-by-one", 1, 1, 1)
     yield from _in_both("no-rows", 0, 16, 32, has_bias=True)
     yield from _in_both("uneven", 19, 131, 1000, has_bias=True)
