@@ -40,7 +40,7 @@ def cache_dtype(
 ) -> torch.dtype:
     """Of keys and values, beside weights of `dtype` in `layout`.
 
-    int16, which are panels, where weights are such integers: there they are multiplied faster.
+    int16, which are panels, where weights are integers too: there they are multiplied faster.
     """
     multiplies_integers = layout == PANEL16_INT12 and dtype is torch.bfloat16
     fits = cache_panels.fits(model.head_dim, config.block_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 LIBRARY_PATH = Path(__file__).with_name("libpilotlight_cpu.so")
-ABI_VERSION = 10
+ABI_VERSION = 11
 
 _ERRORS = {
     1: (MemoryError, "the CPU kernels could not get memory"),

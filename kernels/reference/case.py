@@ -76,7 +76,7 @@ class Case:
 
 def integer_case(name: str, build: Builder, is_timed: bool = False) -> Case:
     """Of weights in panel16-int12, which multiply rows of bfloat16 alone."""
-    return Case(f"{name}-int16", build, is_timed, (torch.bfloat16,))
+    return Case(f"{name}-int12", build, is_timed, (torch.bfloat16,))
 
 
 def num_bytes(*tensors: torch.Tensor | None) -> int:

@@ -83,9 +83,9 @@ def test_unaccepted_arguments_fall_through_to_the_reference() -> None:
     (
         ("linear", "qwen2-0.5b-o-32-rows"),
         ("packed_linear", "qwen2-0.5b-down-32-rows"),
-        ("packed_linear", "qwen2-0.5b-down-32-rows-int16"),
+        ("packed_linear", "qwen2-0.5b-down-32-rows-int12"),
         ("packed_gate_up", "many-rows-of-many"),
-        ("packed_gate_up", "many-rows-of-many-int16"),
+        ("packed_gate_up", "many-rows-of-many-int12"),
         ("paged_attention", "chunked-prefill-with-decodes"),
         ("paged_attention_int8", "chunked-prefill-with-decodes"),
         ("paged_attention_int16", "chunked-prefill-with-decodes"),
@@ -107,7 +107,7 @@ def test_results_do_not_depend_on_threads(op: str, case: str) -> None:
     (
         ("many-rows-of-many", torch.float32),
         ("many-rows-of-many", torch.bfloat16),
-        ("many-rows-of-many-int16", torch.bfloat16),
+        ("many-rows-of-many-int12", torch.bfloat16),
     ),
 )
 @pytest.mark.parametrize("level", native.levels())

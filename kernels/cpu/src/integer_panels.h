@@ -11,7 +11,7 @@ struct Int12 {};
 
 constexpr i64 kIntegerBlock = 128;  // inputs
 constexpr i64 kIntegerBlockWords = kIntegerBlock / 2;
-constexpr i64 kQuad = 4;        // words that lie together
+constexpr i64 kQuad = 4;         // words that lie together
 constexpr i64 kQuadLines = 3;    // in so many lines
 constexpr int kWeightBits = 11;  // of a magnitude
 

@@ -19,8 +19,8 @@ using namespace pilotlight;
 
 namespace {
 
-// Raised with every change to a function below or to an argument structure.
-constexpr int kAbiVersion = 10;
+// Raised with every change to a function below, to an argument structure, or to how weights are packed.
+constexpr int kAbiVersion = 11;
 
 enum Status : int { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
