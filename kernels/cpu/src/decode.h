@@ -74,8 +74,8 @@ class DirectRun : public DirectWalk<C> {
       const vf first = load(from + d, Whole{}) * factor;
       if constexpr (kPerWord == 2) {
         const vf second = load(from + d + kLanes, Whole{}) * factor;
-        const vu low = __builtin_convertvector(narrow(first), vu);
-        const vu high = __builtin_convertvector(narrow(second), vu);
+        const vu low = words_of(narrow(first));
+        const vu high = words_of(narrow(second));
         store_raw(out + d, low | (high << 16), Whole{});
       } else {
         store(out + d, first, Whole{});

@@ -73,7 +73,7 @@ inline void unpack_words(const std::uint32_t* from, i64 num_words, std::uint32_t
 
 inline void store_integers(std::uint32_t* words, i64 index, vi integers) {
   char* to = reinterpret_cast<char*>(words) + 2 * index;
-  store_raw(to, __builtin_convertvector((vu)integers, vh), Whole{});
+  store_raw(to, halves_of(integers), Whole{});
 }
 
 // body(values): the values of a block, with zeros behind the end of what they are part of.

@@ -81,7 +81,39 @@ inline void store_raw(void* to, V v, Part part) {
 
 inline vf splat(float x) { return x - vf{}; }
 
-inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+// Halves of 16 bits as words, and words that 16 bits hold as halves. GCC makes several instructions of
+// __builtin_convertvector where there is one or two.
+inline vu words_of(vh h) {
+#if LANES == 16 && defined(__AVX512F__)
+  return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif LANES == 8 && defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
+inline vh halves_of(vu words) {
+#if LANES == 16 && defined(__AVX512F__)
+  return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#elif LANES == 8 && defined(__AVX2__)
+  const __m256i w = (__m256i)words;
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+#else
+  return __builtin_convertvector(words, vh);
+#endif
+}
+
+inline vh halves_of(vi words) {
+#if LANES == 8 && defined(__AVX2__)
+  const __m256i w = (__m256i)words;
+  return (vh)_mm_packs_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+#else
+  return halves_of((vu)words);
+#endif
+}
+
+inline vf widen(vh h) { return (vf)(words_of(h) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
 inline vh narrow(vf v) {
@@ -91,7 +123,7 @@ inline vh narrow(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const vu is_nan = (vu)(v != v);
-  return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), vh);
+  return halves_of((rounded & ~is_nan) | (0x7fc0 & is_nan));
 #endif
 }
 
@@ -130,13 +162,18 @@ inline vi rounded(vf v) {
 // Rounds to nearest even; |v| <= 127.
 template <class Extent>
 inline void store(std::int8_t* to, vf v, Extent extent) {
+#if LANES == 8 && defined(__AVX2__)  // GCC takes the other way apart
+  const __m128i halves = (__m128i)halves_of(rounded(v));
+  store_raw(to, (vb)_mm_cvtsi128_si64(_mm_packs_epi16(halves, halves)), extent);
+#else
   store_raw(to, __builtin_convertvector(rounded(v), vb), extent);
+#endif
 }
 
 // Rounds to nearest even; |v| <= 32767.
 template <class Extent>
 inline void store(std::int16_t* to, vf v, Extent extent) {
-  store_raw(to, __builtin_convertvector((vu)rounded(v), vh), extent);
+  store_raw(to, halves_of(rounded(v)), extent);
 }
 
 // The value that a store and a load would give back.
@@ -260,76 +297,6 @@ inline float maximum(vf v) {
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
-
-// exp(x), relative error below 2e-7; 0 below -87.3, a large number above 88.3, NaN for NaN.
-// Source: Cephes expf: exp(x) = 2^n exp(r), r = x - n ln 2, ln 2 in two parts.
-inline vf exp(vf x) {
-  const vi is_zero = x < splat(-87.3f);
-  x = select(x > splat(88.3f), splat(88.3f), x);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = x * splat(1.44269504088896341f) + magic;
-  const vf n = shifted - magic;
-  const vf r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  const vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
-  return select(is_zero, vf{}, p * (vf)exponent);
-}
-
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504088896341f;
-
-// 2^x for x <= 0, relative error below 2e-7; 0 below -125, NaN for NaN. Source: Cephes exp2f.
-inline vf exp2_negative(vf x) {
-  const vi is_zero = x < splat(-125.0f);
-  x = maximum(splat(-125.0f), x);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = x + magic;
-  const vf r = x - (shifted - magic);
-  vf p = splat(1.535336188319500e-4f);
-  p = p * r + splat(1.339887440266574e-3f);
-  p = p * r + splat(9.618437357674640e-3f);
-  p = p * r + splat(5.550332471162809e-2f);
-  p = p * r + splat(2.402264791363012e-1f);
-  p = p * r + splat(6.931472028550421e-1f);
-  p = p * r + splat(1.0f);
-  return (vf)(((vi)p + ((vi)shifted << 23)) & ~is_zero);
-}
-
-// The same for results of type T: for bf16 a polynomial of least greatest error, 1 at 0, relative error
-// below 3e-6, a thousandth of what its rounding may be. From -126 on it is next to nothing, from -127 on
-// 0: there the exponent that is added takes away that of 1.
-template <class T>
-inline vf exp2_negative(vf x) {
-  if constexpr (!std::is_same<T, bf16>::value) return exp2_negative(x);
-  x = maximum(splat(-127.0f), x);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = x + magic;
-  const vf r = x - (shifted - magic);
-  vf p = splat(0.00958285f);
-  p = p * r + splat(0.05590643f);
-  p = p * r + splat(0.24024099f);
-  p = p * r + splat(0.69312419f);
-  p = p * r + splat(1.0f);
-  return (vf)((vi)p + ((vi)shifted << 23));
-}
-
-// A softmax in base 2: weights are 2^(score * factor - shift).
-struct Shift {
-  vf maxima, shift, rescale;  // of scores; times the factor; of what was weighed before
-
-  Shift(vf before, vf seen, vf factor) : maxima(maximum(before, seen)) {
-    // Nothing seen yet: any finite number turns masked scores into zeros.
-    const vf none = splat(-kInfinity);
-    shift = factor * select(maxima == none, vf{}, maxima);
-    rescale = exp2_negative(select(before == none, none, before * factor - shift));
-  }
-};
 
 // Runs body(index) over [0, count) on all threads, in pieces of `grain`.
 template <class Body>
