@@ -223,6 +223,9 @@ def cases() -> Iterator[Case]:
         lengths = [(1, n) for n in (1, 64, 255, 257, 600)]
         groups = Batch(lengths, 2 * group, 2, head_dim=64, value_mean=10.0)
         yield Case(f"decode-groups-of-{group}", groups)
+    # A thread takes several parts of one query, then those of another.
+    parts = Batch([(1, n) for n in (2048, 2049, 2600, 4000)], 6, 2, head_dim=64, value_mean=10.0)
+    yield Case("decodes-of-many-parts", replace(parts, query_scale=4.0))
     yield Case("no-gqa", Batch([(1, 40), (20, 20)], num_heads=3, num_kv_heads=3))
     # Heads that no power of two divides, over several parts of a sequence.
     for num_kv_heads in (3, 5, 9):

@@ -209,7 +209,7 @@ class ItemRun {
       const E *even = value_rows_[2 * step], *odd = value_rows_[2 * step + 1];
       const vh low = even ? load_raw<vh>(even + d, extent) : vh{};
       const vh high = odd ? load_raw<vh>(odd + d, extent) : vh{};
-      return __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16);
+      return words_of(low) | (words_of(high) << 16);
     } else {
       const E* row = value_rows_[step];
       return row ? (vu)load(row + d, extent) : vu{};
@@ -256,6 +256,7 @@ template <class T, class C>
 struct Runs {
   using Direct = std::conditional_t<Words<C>::kPairs, PairedRun<C>, DirectRun<T, C>>;
   using Tile = ItemRun<T, C>;
+  struct Kept {};
 
   static DirectItems direct(const AttentionArgs& a) {
     return Direct::can_take(a) ? DirectItems{a.cache.num_heads, Geometry(a).group} : DirectItems{};
@@ -271,8 +272,8 @@ struct Runs {
     return tile > direct ? tile : direct;
   }
 
-  static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
-                  float* partials) {
+  static void run(const AttentionArgs& a, const Item& item, const Item* next, Kept&,
+                  std::uint32_t* memory, float* partials) {
     if (item.is_direct) {
       Direct run(a, item, next, memory, partials);
       run.run();
@@ -299,6 +300,8 @@ struct Runs {
 // and where the cache is panels, all in one way.
 template <class T>
 struct Runs<T, Int16> {
+  using Kept = IntegersKept;
+
   static DirectItems direct(const AttentionArgs& a) {
     return {heads_together(a.cache), round_up(Geometry(a).group, kLanes)};
   }
@@ -308,13 +311,16 @@ struct Runs<T, Int16> {
   }
 
   static i64 num_scratch_words(const AttentionArgs& a) {
-    const i64 num_rows = direct(a).num_heads * direct(a).head_rows;
-    return IntegerRun<T>::num_scratch_words(Geometry(a), num_rows > kTileRows ? num_rows : kTileRows);
+    const DirectItems of_direct = direct(a);
+    const i64 num_rows = of_direct.num_heads * of_direct.head_rows;
+    const i64 num_blocks = IntegerRun<T>::blocks_together(of_direct.num_heads, of_direct.head_rows);
+    return IntegerRun<T>::num_scratch_words(Geometry(a), num_rows > kTileRows ? num_rows : kTileRows,
+                                            num_blocks);
   }
 
-  static void run(const AttentionArgs& a, const Item& item, const Item* next, std::uint32_t* memory,
-                  float* partials) {
-    IntegerRun<T> run(a, item, next, memory, partials);
+  static void run(const AttentionArgs& a, const Item& item, const Item* next, Kept& kept,
+                  std::uint32_t* memory, float* partials) {
+    IntegerRun<T> run(a, item, next, kept, memory, partials);
     run.run();
     if (item.partial < 0) write(a, item, run.running());
   }
@@ -340,19 +346,16 @@ template <class T, class C>
 bool run_items(const AttentionArgs& a, const Item* items, i64 num_items, float* partials) {
   const i64 num_bytes = 4 * Runs<T, C>::num_scratch_words(a);
   bool has_memory = true;
-  i64 num_left = num_items;  // the last first: the longest of a prompt
-  const auto take = [&]() -> const Item* {
-    const i64 index = __atomic_sub_fetch(&num_left, 1, __ATOMIC_RELAXED);
-    return index >= 0 ? items + index : nullptr;
-  };
+  Items all(items, num_items);
   auto body = [&](i64) {
     auto* memory = static_cast<std::uint32_t*>(scratch(num_bytes));
     if (!memory) return __atomic_store_n(&has_memory, false, __ATOMIC_RELAXED);
+    Items::Share share(all);
+    typename Runs<T, C>::Kept kept;
     const Item* next = nullptr;
-    while (const Item* item = next ? next : take()) {
-      // Taken early, it can be fetched meanwhile; the last are left to whoever is free.
-      next = __atomic_load_n(&num_left, __ATOMIC_RELAXED) > num_threads() ? take() : nullptr;
-      Runs<T, C>::run(a, *item, next, memory, partials);
+    while (const Item* item = next ? next : share.take()) {
+      next = share.is_sure_of_more() ? share.take() : nullptr;  // so that it can be fetched meanwhile
+      Runs<T, C>::run(a, *item, next, kept, memory, partials);
     }
   };
   parallel(num_threads(), 1, body);

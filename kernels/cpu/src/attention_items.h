@@ -3,14 +3,15 @@
 //
 // An item is up to kTileRows query rows that share a key head (a row is a query and a head of its
 // group) against a range of keys, so each key and value is read once for the group; or several heads of
-// a sequence's only query (decode.h). A sequence with few rows is also split over its keys, always at
-// the same places: neither other sequences nor the number of threads changes a result.
+// a sequence's only query (decode.h). A sequence with few rows is also split over its keys, at places
+// that its length decides: neither other sequences nor the number of threads changes a result.
 
 constexpr i64 kTileRows = 128;
 constexpr i64 kBlockRows = 16;  // of a tile, taken through at a time; a multiple of kLanes
 constexpr i64 kTileKeys = 64;
 constexpr i64 kKeysPerItem = 512;
 constexpr i64 kKeysPerDirectItem = 256;
+constexpr i64 kManyKeys = 2048;  // of which there are items enough if they are as long as others
 constexpr i64 kTokensPerPanel = 16;  // of caches of 16-bit integers, a panel's
 constexpr float kLargestCached = 8191;  // of those integers
 
@@ -24,6 +25,11 @@ struct Item {
   i64 num_parts;              // on the first of its parts how many there are, otherwise 0
 
   i64 num_places() const { return round_up(num_rows, kLanes); }
+
+  bool has_queries_of(const Item& other) const {
+    return sequence == other.sequence && kv_head == other.kv_head && num_heads == other.num_heads &&
+           first_row == other.first_row && num_rows == other.num_rows;
+  }
 };
 
 struct Geometry {
@@ -111,12 +117,13 @@ template <class Emit>
 i64 emit_direct(const AttentionArgs& a, i64 sequence, DirectItems direct, i64 partial, Emit emit) {
   const Geometry g(a);
   const Visible keys = Sequence(a, sequence).keys_of(0, a.sliding_window);
+  const i64 step = keys.end - keys.begin > kManyKeys ? kKeysPerItem : kKeysPerDirectItem;
   for (i64 head = 0; head < a.cache.num_heads; head += direct.num_heads) {
     const i64 left = a.cache.num_heads - head;
     const i64 num_heads = left < direct.num_heads ? left : direct.num_heads;
     const Item item = {sequence, head, num_heads, true, 0, g.group, 0, 0, 0, 0};
     const i64 size = g.partial_size(num_heads * direct.head_rows);
-    partial = emit_parts(item, keys, kKeysPerDirectItem, partial, size, emit);
+    partial = emit_parts(item, keys, step, partial, size, emit);
   }
   return partial;
 }
@@ -146,6 +153,60 @@ i64 for_items(const AttentionArgs& a, DirectItems direct, Emit emit) {
   }
   return partial;
 }
+
+// Items for threads to take, the last first: the longest of a prompt. Parts of one query are taken some at
+// a time, for they begin alike.
+class Items {
+ public:
+  Items(const Item* items, i64 num) : items_(items), num_left_(num) {}
+
+  // What one thread takes.
+  class Share {
+   public:
+    explicit Share(Items& all) : all_(all) {}
+
+    // Null where none is left.
+    const Item* take() {
+      if (num_ == 0) num_ = all_.take(end_);
+      return num_ > 0 ? all_.items_ + end_ + --num_ : nullptr;
+    }
+
+    // The last are left to whoever is free.
+    bool is_sure_of_more() const {
+      return num_ > 0 || __atomic_load_n(&all_.num_left_, __ATOMIC_RELAXED) > num_threads();
+    }
+
+   private:
+    Items& all_;
+    i64 end_ = 0, num_ = 0;
+  };
+
+ private:
+  static constexpr i64 kMostAtOnce = 4;
+
+  // Takes some, from `first` on; returns how many.
+  i64 take(i64& first) {
+    i64 left = __atomic_load_n(&num_left_, __ATOMIC_RELAXED);
+    for (;;) {
+      if (left == 0) return 0;
+      const i64 num = num_at_once(left);
+      first = left - num;
+      if (__atomic_compare_exchange_n(&num_left_, &left, first, true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+        return num;
+      }
+    }
+  }
+
+  i64 num_at_once(i64 left) const {
+    if (!items_[left - 1].is_direct) return 1;
+    const i64 share = left / (4 * num_threads());
+    return share < 1 ? 1 : share < kMostAtOnce ? share : kMostAtOnce;
+  }
+
+  const Item* items_;
+  i64 num_left_;
+};
 
 // Where an item's running result lives: maxima, sums of exponentials, unnormalised rows.
 struct Running {

@@ -3,11 +3,11 @@
 
 constexpr i64 kTilePanels = 16;
 constexpr i64 kIntegerTileKeys = kTilePanels * kTokensPerPanel;
-constexpr i64 kIntegerTileBytes = 128 << 10;  // this tile and the next share a second-level cache
+constexpr i64 kIntegerTileBytes = 128 << 10;  // keys, and values, which share a second-level cache
 constexpr i64 kBytesTogether = 16 << 10;      // of a cache, worth reading by themselves
-// While eight words of a panel meet all rows of an item, and where those are several blocks; what is left
-// is fetched while scores become weights.
-constexpr i64 kManyLines = 7, kFewLines = 3;
+// While eight words of a panel meet all rows of an item, and where those are several blocks. One block is
+// so quick that a part is left for the time when scores become weights.
+constexpr i64 kManyLines = 7, kFewLines = 4;
 static_assert(kKeysPerDirectItem % kIntegerTileKeys == 0 && kKeysPerItem % kIntegerTileKeys == 0,
               "items begin where tiles do");
 
@@ -56,22 +56,32 @@ struct PanelTile {
   }
 };
 
-// Fetches a tile while another is computed, in the order of memory, a few lines at a time: all at once
+// Panels of which all heads of an item, or of the next, are to be fetched.
+struct PanelList {
+  const std::uint32_t* const* panels;
+  const float* const* scales;
+  i64 num_panels, num_heads;
+};
+
+// Fetches panels while others are computed, in the order of memory, a few lines at a time: all at once
 // would be more than memory answers, and while nothing is fetched it would have nothing to do.
 class PanelFetcher {
  public:
   // `num_lines`: at a time.
-  void start(const PanelTile& tile, i64 num_heads, i64 panel_bytes, i64 num_lines) {
+  void add(const PanelList& list, i64 panel_bytes, i64 num_lines) {
+    if (num_lines != num_lines_) fetch_rest();
+    keep_rest();
     num_lines_ = num_lines;
-    next_ = end_ = places_;
-    add_places(tile.keys, tile.num_panels, num_heads * panel_bytes);
-    add_places(tile.values, tile.num_panels, num_heads * panel_bytes);
-    for (i64 i = 0; i < tile.num_panels; ++i) {
-      for (i64 head = 0; head < num_heads; ++head) {
-        __builtin_prefetch(tile.key_scales[i] + head * kTokensPerPanel, 0, 2);
-        __builtin_prefetch(tile.value_scales[i] + head * kTokensPerPanel, 0, 2);
+    const i64 step = num_lines * kLine, of_panel = divide_up(list.num_heads * panel_bytes, step);
+    const char** end = end_;
+    for (i64 i = 0; i < list.num_panels && end + of_panel <= places_ + kMostPlaces; ++i) {
+      for (i64 head = 0; head < list.num_heads; ++head) {
+        __builtin_prefetch(list.scales[i] + head * kTokensPerPanel, 0, 2);
       }
+      const char* at = reinterpret_cast<const char*>(list.panels[i]);
+      for (i64 j = 0; j < of_panel; ++j, at += step) *end++ = at;
     }
+    end_ = end;
   }
 
   // What is to be fetched `num` times; nothing anew where less is left.
@@ -95,16 +105,14 @@ class PanelFetcher {
   void fetch_rest() { fetch((end_ - next_) * num_lines_); }
 
  private:
-  static constexpr i64 kMostPlaces = 2 * kIntegerTileBytes / (kFewLines * kLine);
-
-  void add_places(const std::uint32_t* const* panels, i64 num_panels, i64 num_bytes) {
-    const i64 step = num_lines_ * kLine, of_panel = divide_up(num_bytes, step);
-    for (i64 i = 0; i < num_panels && end_ + of_panel <= places_ + kMostPlaces; ++i) {
-      const char* at = reinterpret_cast<const char*>(panels[i]);
-      for (i64 j = 0; j < of_panel; ++j) end_[j] = at + j * step;
-      end_ += of_panel;
-    }
+  void keep_rest() {
+    const i64 num = end_ - next_;
+    std::memmove(places_, next_, num * sizeof *places_);
+    next_ = places_;
+    end_ = places_ + num;
   }
+
+  static constexpr i64 kMostPlaces = 2 * kIntegerTileBytes / (kFewLines * kLine);
 
   const char* places_[kMostPlaces];
   const char **next_ = places_, **end_ = places_;
