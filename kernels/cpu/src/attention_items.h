@@ -154,8 +154,8 @@ i64 for_items(const AttentionArgs& a, DirectItems direct, Emit emit) {
   return partial;
 }
 
-// Items for threads to take, the last first: the longest of a prompt. Parts of one query are taken some at
-// a time, for they begin alike.
+// Items for threads to take, the last first: the longest of a prompt. Parts of one
+// sequence are taken some at a time, for they begin alike.
 class Items {
  public:
   Items(const Item* items, i64 num) : items_(items), num_left_(num) {}
@@ -199,9 +199,11 @@ class Items {
   }
 
   i64 num_at_once(i64 left) const {
-    if (!items_[left - 1].is_direct) return 1;
-    const i64 share = left / (4 * num_threads());
-    return share < 1 ? 1 : share < kMostAtOnce ? share : kMostAtOnce;
+    const Item& last = items_[left - 1];
+    const i64 share = left / (4 * num_threads()), most = share < kMostAtOnce ? share : kMostAtOnce;
+    i64 num = 1;
+    while (num < most && items_[left - 1 - num].has_queries_of(last)) ++num;
+    return num;
   }
 
   const Item* items_;
