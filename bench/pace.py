@@ -28,7 +28,7 @@ from ..server.config import DEMO_MODEL
 from .pace_replay import StepCosts, capacity_speed, replayed
 from .traces import read_trace
 
-SLOWDOWNS = (0.0, 4.0, 2.2, 1.5)
+SLOWDOWNS = (0.0, 4.0, 2.0, 1.5)
 OVERTAKING = (0.0, 2.0)
 """Beside the default, at the default limit."""
 NUM_IDLE_STEPS = 100

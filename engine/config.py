@@ -18,7 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
-    max_decode_slowdown: float = 2.2
+    max_decode_slowdown: float = 2.0
     """Of a step by the prompt that is computed in it; see pace.py. 0: no limit."""
     max_overtaking: float = 1.0
     """Of a prompt by shorter ones, in its own lengths; see turns.py. 0: in order of arrival."""

@@ -45,7 +45,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
-    max_decode_slowdown: float = 2.2
+    max_decode_slowdown: float = 2.0
     max_overtaking: float = 1.0
     kv_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
