@@ -154,8 +154,8 @@ i64 for_items(const AttentionArgs& a, DirectItems direct, Emit emit) {
   return partial;
 }
 
-// Items for threads to take, the last first: the longest of a prompt. Parts of one
-// sequence are taken some at a time, for they begin alike.
+// Items for threads to take, the last first: the longest of a prompt. Parts of one sequence are taken some
+// at a time, for they begin alike.
 class Items {
  public:
   Items(const Item* items, i64 num) : items_(items), num_left_(num) {}

@@ -101,7 +101,7 @@ class PanelFetcher {
     }
   }
 
-  // Where a tile is larger than the one before.
+  // Before it is read.
   void fetch_rest() { fetch((end_ - next_) * num_lines_); }
 
  private:
