@@ -106,8 +106,10 @@ class IntegerRun {
     vf most[kLanes], total[kLanes];
     for (i64 r = 0; r < kLanes; ++r) {
       vf highest = {}, sum = {};
-      for (i64 i = 0; r < num && i < g_.head_dim; i += kLanes) {
-        const vf magnitude = (vf)((vu)load(query(head, first + r) + i, Whole{}) & 0x7fffffffu);
+      const i64 size = r < num ? g_.head_dim : 0;
+      const T* q = size > 0 ? query(head, first + r) : nullptr;
+      for (i64 i = 0; i < size; i += kLanes) {
+        const vf magnitude = (vf)((vu)load(q + i, Whole{}) & 0x7fffffffu);
         highest = maximum(highest, magnitude);
         sum += magnitude * splat(1 / kLargestRowSum);  // they may add up to more than a float
       }
@@ -280,19 +282,27 @@ class IntegerRun {
     });
   }
 
+  // body(how many as a type, their words, which is the first): of the words of all, one part after the other.
+  template <class R, class Body>
+  static __attribute__((always_inline)) void for_parts(WordsArgs& words, Body body) {
+    body(std::integral_constant<int, R::kFirst>(), words, 0);
+    if constexpr (R::kSecond > 0) {
+      const std::uint32_t* first = words.x;
+      words.x += R::kFirst * words.row_size;
+      body(std::integral_constant<int, R::kSecond>(), words, R::kFirst);
+      words.x = first;
+    }
+  }
+
   template <class R>
   __attribute__((noinline)) void score(const Block& b, i64 row) {
     const i64 num_pieces = row_words_ / kWordsAtOnce;
-    WordsArgs first = {queries_ + (b.row + row) * row_words_, row_words_, num_pieces,
+    WordsArgs words = {queries_ + (b.row + row) * row_words_, row_words_, num_pieces,
                        fetcher_.take(b.num_panels * num_pieces * R::kTimes)};
     for (i64 p = 0; p < b.num_panels; ++p) {
-      score_panel<R::kFirst, R::kLines>(b, first, p, row);
-      if constexpr (R::kSecond > 0) {
-        WordsArgs second = first;
-        second.x += R::kFirst * row_words_;
-        score_panel<R::kSecond, R::kLines>(b, second, p, row + R::kFirst);
-        first.ahead = second.ahead;
-      }
+      for_parts<R>(words, [&](auto num, WordsArgs& a, i64 part) __attribute__((always_inline)) {
+        score_panel<num, R::kLines>(b, a, p, row + part);
+      });
     }
   }
 
@@ -311,16 +321,12 @@ class IntegerRun {
   template <class R>
   __attribute__((noinline)) void add_values(const Block& b, i64 row) {
     const i64 num_columns = g_.head_dim / kPanel;
-    WordsArgs first = {softmax_.weights(b.place + row), kWeightStride, b.num_panels,
+    WordsArgs words = {softmax_.weights(b.place + row), kWeightStride, b.num_panels,
                        fetcher_.take(b.num_panels * num_columns * R::kTimes)};
     for (i64 column = 0; column < num_columns; ++column) {
-      add_column<R::kFirst, R::kLines>(b, first, column, row);
-      if constexpr (R::kSecond > 0) {
-        WordsArgs second = first;
-        second.x += R::kFirst * kWeightStride;
-        add_column<R::kSecond, R::kLines>(b, second, column, row + R::kFirst);
-        first.ahead = second.ahead;
-      }
+      for_parts<R>(words, [&](auto num, WordsArgs& a, i64 part) __attribute__((always_inline)) {
+        add_column<num, R::kLines>(b, a, column, row + part);
+      });
     }
   }
 
